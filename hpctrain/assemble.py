@@ -1,0 +1,304 @@
+"""Builds a run from its configuration, in order of dependency: folder, device, data, model,
+exchange, record. The one place where the concrete classes of all rooms meet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hpctrain import __version__
+from hpctrain.clock import Clock
+from hpctrain.config import Loaded, Run
+from hpctrain.control import Control
+from hpctrain.data.loader import Loader
+from hpctrain.data.order import SampleOrder
+from hpctrain.data.partition import shards_of
+from hpctrain.data.spec import DataSets
+from hpctrain.exchange.dense import DenseExchange, buckets_of
+from hpctrain.hardware import choose_device, choose_threads, make_reducer
+from hpctrain.journal import Journal
+from hpctrain.models.flat import FlatModel
+from hpctrain.randomness import RandomState
+from hpctrain.runs import environment, manifest, restore
+from hpctrain.runs.checkpoint import Checkpointer
+from hpctrain.runs.console import choose_display, find_terminal, make_console
+from hpctrain.runs.folder import RunFolder, choose
+from hpctrain.runs.logs import logging_to
+from hpctrain.runs.progress import Progress, batch_equation
+from hpctrain.runs.record import Recorder
+from hpctrain.runs.signals import StopRequest
+from hpctrain.runs.tensorboard import TensorBoard
+from hpctrain.session import Session
+from hpctrain.toml_text import to_toml
+from hpctrain.transport.abort import exit_code_of
+from hpctrain.transport.communicator import Communicator
+from hpctrain.transport.launcher import launch_from_environment
+from hpctrain.transport.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one start of a run is told beside its configuration."""
+
+    out: Path | None = None
+    """The run folder; None: the next free runs/NAME-NNN."""
+    resume: str = "never"
+    """"auto", "never", or the folder of the run to continue."""
+    walltime_s: float | None = None
+    """Save and stop before so many seconds have passed since the start."""
+    dry_run: bool = False
+    """Build everything, take one batch, write no file."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks, and what only their transport can tell or do."""
+
+    comm: Communicator
+    facts: Callable[[], dict[str, str]] = dict
+    """For env.json."""
+    abort: Callable[[int], object] = os._exit
+    """Ends all ranks with an exit code."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run folder of this start, and the checkpoint it continues from. Equal on all ranks."""
+
+    folder: RunFolder
+    note: str
+    checkpoint: manifest.Found | None
+
+    def to_bytes(self) -> bytes:
+        """For the broadcast from rank 0. Local."""
+        found = self.checkpoint
+        content = {
+            "folder": self.folder.to_bytes().decode(),
+            "note": self.note,
+            "checkpoint": found and [str(found.path), found.step, found.size],
+            "refused": [[r.name, r.reason] for r in found.refused] if found else [],
+        }
+        return json.dumps(content).encode()
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Place:
+        """The inverse of `to_bytes`. Local."""
+        content = json.loads(payload)
+        found = None
+        if content["checkpoint"]:
+            path, step, size = content["checkpoint"]
+            refused = tuple(manifest.Refusal(*refusal) for refusal in content["refused"])
+            found = manifest.Found(Path(path), step, size, refused)
+        return cls(RunFolder.from_bytes(content["folder"].encode()), content["note"], found)
+
+
+@contextmanager
+def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Session]:
+    """Collective. Everything a run needs, ready for its first or next step.
+
+    Only local things are undone when an exception passes through: other ranks may not be coming.
+
+    Raises:
+        HpctrainError: what was asked for does not fit this place; nothing was overwritten.
+    """
+    run, comm = loaded.run, world.comm
+    with ExitStack() as local:
+        place = None if options.dry_run else claim_folder(run, comm, options, local)
+        stop_file = place.folder.stop_file if place and comm.rank == 0 else None
+        stop = local.enter_context(StopRequest(options.walltime_s, stop_file))
+        device = choose_device(run.train.device, comm)
+        threads = choose_threads(run.train.threads, comm)
+        data = run.data.load(comm.node(), run.seed)
+        random = RandomState(run.seed, comm.rank)
+        flat = build_model(run, data, device, random, comm)
+        buckets = buckets_of(run.exchange, flat)
+        names = [bucket.name for bucket in buckets]
+        reducer = make_reducer(run.exchange, names, comm, device, run.watchdog.warn_s)
+        watchdog = Watchdog(
+            comm,
+            names,
+            run.watchdog.warn_s,
+            run.watchdog.abort_s or None,
+            lambda text: print(f"hpctrain: {text}", file=sys.stderr, flush=True),
+            world.abort,
+            heartbeat_s=run.watchdog.heartbeat_s,
+            bucket=lambda: reducer.current if reducer else -1,
+        )
+        clock = Clock.of(run.train, len(data.train), run.batch.batch_global)
+        shards = shards_of(run.data, data.train, comm.size, run.seed)
+        order = SampleOrder(len(data.train), run.seed, comm.rank, comm.size, shards)
+        session = Session(
+            run=run,
+            comm=comm,
+            device=device,
+            data=data,
+            loader=Loader(data.train, order, run.batch.micro_batch, run.data.prefetch, device),
+            flat=flat,
+            optimiser=run.optimiser.build(flat),
+            exchange=DenseExchange(flat, buckets, reducer),
+            policy=run.batch.build(),
+            lr=run.lr,
+            clock=clock,
+            control=Control(_duplicate(comm)),
+            random=random,
+            watchdog=watchdog,
+            journal=Journal(Progress(None, "none"), comm.size, run.record.every_steps),
+            stop=stop,
+            checkpoints=make_checkpointer(run, comm, place),
+        )
+        random.seed_rank(0)
+        if place and place.checkpoint:
+            session.load(restore.load(place.checkpoint.path, comm.rank, comm.size))
+        if comm.rank == 0:
+            session.journal = open_journal(session, place, local)
+            algorithm = reducer.algorithm if reducer else "none: one rank"
+            session.journal.say(header(loaded, session, threads, algorithm, place))
+            if place:
+                facts = {"allreduce_of_buckets": algorithm, "device": str(device)} | world.facts()
+                place.folder.begin(to_toml(run), environment.collect(comm.topology, facts))
+                session.journal.start(clock, place.checkpoint)
+        if place:
+            session.checkpoints.reserve(session.parts())
+        flat.module.train()
+        try:
+            yield session
+        except BaseException as error:
+            session.journal.end(clock, None, exit_code_of(error))
+            raise
+        watchdog.close()
+        session.exchange.close()
+        session.loader.close()
+        data.close()
+
+
+def claim_folder(run: Run, comm: Communicator, options: Options, local: ExitStack) -> Place:
+    """Collective. Rank 0 chooses the run folder and its newest good checkpoint; all open their logs.
+
+    Raises:
+        UsageError: the folder does not fit --resume.
+        WriteError: the folder cannot be written.
+        DataError: it has checkpoints, and none of them is good.
+    """
+    payload = None
+    if comm.rank == 0:
+        choice = choose(run.name, options.out, options.resume)
+        local.callback(_remove_unused, choice.folder.path)
+        found = None
+        if choice.resumes:
+            manifest.clean(choice.folder.checkpoints)
+            found = manifest.latest(choice.folder.checkpoints)
+        payload = Place(choice.folder, choice.note, found).to_bytes()
+    place = Place.from_bytes(comm.broadcast_bytes(payload, root=0))
+    log_file = place.folder.log(comm.rank)
+    attempt = place.folder.attempt
+    local.enter_context(logging_to(log_file, rank=comm.rank, size=comm.size, attempt=attempt))
+    return place
+
+
+def build_model(
+    run: Run, data: DataSets, device: torch.device, random: RandomState, comm: Communicator
+) -> FlatModel:
+    """Collective. The model with equal parameters on all ranks.
+
+    Raises:
+        ConfigError: the model does not fit the data.
+    """
+    random.seed_model()
+    dtype = torch.float64 if run.train.dtype == "float64" else torch.float32
+    flat = FlatModel(run.model.build(data.spec).to(device=device, dtype=dtype))
+    flat.broadcast(comm)
+    return flat
+
+
+def make_checkpointer(run: Run, comm: Communicator, place: Place | None) -> Checkpointer:
+    """Local. Saves into the run folder; on a dry run never asked to."""
+    found = place.checkpoint if place else None
+    return Checkpointer(
+        place.folder.checkpoints if place else Path(os.devnull),
+        run.checkpoint,
+        rank=comm.rank,
+        size=comm.size,
+        attempt=place.folder.attempt if place else 0,
+        saved_step=found.step if found else None,
+        refused=[refusal.name for refusal in found.refused] if found else (),
+    )
+
+
+def open_journal(session: Session, place: Place | None, local: ExitStack) -> Journal:
+    """Local, rank 0. The display, and on a real run the record.
+
+    Raises:
+        WriteError: the record cannot be written.
+        BackendError: TensorBoard is asked for and not installed.
+    """
+    record = session.run.record
+    launched = launch_from_environment().family != "none"
+    terminal = find_terminal(launched)
+    display = choose_display(record.progress, terminal, os.environ)
+    progress = local.enter_context(
+        Progress(
+            make_console(display, terminal, os.environ),
+            display,
+            fraction=session.clock.progress,
+            total_steps=session.clock.total_steps,
+            plain_every_s=record.plain_every_s,
+        )
+    )
+    recorder = tensorboard = None
+    if place:
+        step = session.clock.step
+        recorder = local.enter_context(
+            Recorder(place.folder.metrics, attempt=place.folder.attempt, step=step)
+        )
+        if record.tensorboard:
+            tensorboard = local.enter_context(TensorBoard(place.folder.tensorboard, step))
+    folder = place.folder if place else None
+    return Journal(progress, session.comm.size, record.every_steps, folder, recorder, tensorboard)
+
+
+def header(
+    loaded: Loaded, session: Session, threads: int, algorithm: str, place: Place | None
+) -> list[str]:
+    """Local. What a person sees first: the run in equations."""
+    run, data, comm = loaded.run, session.data, session.comm
+    exchange = run.exchange
+    where = f"{comm.topology.describe()}, {session.device}"
+    if session.device.type == "cpu":
+        where += f", {threads} thread{'s' if threads > 1 else ''} per rank"
+    lines = [
+        f"hpctrain {__version__}  {run.name} ({loaded.source})",
+        f"ranks     {where}",
+        f"data      {run.data.kind}: {len(data.train):,} training samples, "
+        f"{len(data.test):,} held out, {data.nbytes / 1e6:,.1f} MB per node",
+        f"model     {run.model.kind}: {session.flat.n_params:,} parameters, {run.train.dtype}",
+        f"batch     {batch_equation(run.batch.batch_global, comm.size)}",
+        f"exchange  {exchange.kind}, {exchange.dense_backend}: {algorithm}"
+        if comm.size > 1
+        else "exchange  nothing to exchange: one rank",
+    ]
+    if place:
+        lines.append(f"run       {place.note}")
+    if session.watchdog.note and comm.size > 1:
+        lines.append(f"watchdog  {session.watchdog.note}")
+    return lines
+
+
+def _duplicate(comm: Communicator) -> Communicator:
+    duplicate = comm.split(0, comm.rank)
+    assert duplicate is not None
+    return duplicate
+
+
+def _remove_unused(path: Path) -> None:
+    # A start that failed before its first file of substance leaves no empty run behind.
+    if {entry.name for entry in path.iterdir()} <= {"logs"}:
+        shutil.rmtree(path)

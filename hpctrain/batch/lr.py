@@ -1,0 +1,110 @@
+"""The step size: a schedule on the sample clock, scaled with the size of the batch.
+
+    lr = base * (batch_global / reference_batch)^p * warm-up * schedule
+    p: kind = "none" 0, "linear" 1, "sqrt" 1/2
+    warm-up:   min(1, (samples_seen + batch_global) / warm-up samples); 1 without warm-up
+    constant:  1
+    cosine:    f + (1 - f) * (1 + cos(pi * t)) / 2, f = final_fraction, t running from 0 to 1
+               between the end of warm-up and the end of training
+    step:      gamma^(number of milestones passed)
+
+The clock counts samples over all ranks, so a change of the batch size in mid-run moves neither the
+end of warm-up nor a milestone. Warm-up counts the step's own samples too, so
+that the first step is not lost.
+
+Source: Goyal et al. 2017, arXiv 1706.02677, section 2.1 (linear rule, warm-up; here warm-up starts
+at zero, not at the reference rate); Krizhevsky 2014, arXiv 1404.5997 (square root rule); Loshchilov
+and Hutter 2016, arXiv 1608.03983, equation 5 (cosine, without restarts).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpctrain.table import Table
+
+_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
+
+
+class LrConfig(Table):
+    """[lr]: the step size of every step."""
+
+    kind: Literal["none", "linear", "sqrt"] = "none"
+    """How the step size follows `batch_global`: not at all, in proportion, or as its root (usual
+    with AdamW)."""
+    base: float = Field(gt=0.0)
+    """The largest step size, for a batch of `reference_batch`."""
+    reference_batch: int | None = Field(default=None, ge=1)
+    """The batch_global for which `base` was chosen; kind = "linear" and "sqrt" need it."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """How the step size falls after warm-up."""
+    warmup_epochs: float = Field(default=0.0, ge=0.0)
+    """Length of the linear warm-up in passes over the training set."""
+    warmup_samples: int = Field(default=0, ge=0)
+    """The same in samples; give one of the two."""
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Where the cosine ends, as a fraction of the largest step size."""
+    milestones: list[Annotated[float, Field(gt=0.0)]] = []
+    """Epochs, increasing, at which schedule = "step" multiplies by `gamma`."""
+    gamma: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Factor at each milestone."""
+
+    @model_validator(mode="after")
+    def _combination(self) -> LrConfig:
+        if self.kind == "none" and self.reference_batch is not None:
+            raise ValueError(
+                'reference_batch has no effect with kind = "none"; drop it or set '
+                'kind = "linear" or "sqrt"'
+            )
+        if self.kind != "none" and self.reference_batch is None:
+            raise ValueError(
+                f'kind = "{self.kind}" needs reference_batch, the batch_global for '
+                "which base was chosen"
+            )
+        if self.warmup_epochs and self.warmup_samples:
+            raise ValueError("give warmup_epochs or warmup_samples, not both")
+        if self.final_fraction and self.schedule != "cosine":
+            raise ValueError(
+                f'final_fraction has no effect with schedule = "{self.schedule}"; '
+                'it belongs to "cosine"'
+            )
+        if bool(self.milestones) != (self.schedule == "step"):
+            raise ValueError(
+                'milestones (a list of epochs) and schedule = "step" belong together; '
+                f'got milestones = {self.milestones}, schedule = "{self.schedule}"'
+            )
+        if self.gamma != LrConfig.model_fields["gamma"].default and self.schedule != "step":
+            raise ValueError(
+                f'gamma has no effect with schedule = "{self.schedule}"; it belongs to "step"'
+            )
+        if any(b <= a for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
+            raise ValueError(f"milestones must increase; got {self.milestones}")
+        return self
+
+    def lr_at(
+        self, samples_seen: int, total_samples: int, samples_per_epoch: int, batch_global: int
+    ) -> float:
+        """The step size of the next step. Local, pure.
+
+        Args:
+            samples_seen: Samples, over all ranks, of the steps before this one.
+            total_samples: Samples of the whole run.
+            samples_per_epoch: Size of the training set.
+            batch_global: Samples of this step.
+        """
+        warmup = self.warmup_samples or self.warmup_epochs * samples_per_epoch
+        rising = min(1.0, (samples_seen + batch_global) / warmup) if warmup else 1.0
+        falling = 1.0
+        if self.schedule == "cosine":
+            rest = max(total_samples - warmup, 1)
+            done = min(max((samples_seen - warmup) / rest, 0.0), 1.0)
+            half_wave = (1.0 + math.cos(math.pi * done)) / 2.0
+            falling = self.final_fraction + (1.0 - self.final_fraction) * half_wave
+        elif self.schedule == "step":
+            passed = sum(samples_seen >= epoch * samples_per_epoch for epoch in self.milestones)
+            falling = self.gamma**passed
+        scale = (batch_global / (self.reference_batch or batch_global)) ** _POWER[self.kind]
+        return float(self.base * scale * rising * falling)

@@ -1,0 +1,96 @@
+"""Configuration mistakes in one line each: file, table, key, what is allowed, the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from hpctrain.toml_text import toml_value
+
+Tree = dict[str, Any]
+KeyPath = tuple[str | int, ...]
+
+
+def explain(
+    error: Any, root: type[BaseModel], tree: Tree, label: str, origins: Mapping[KeyPath, str]
+) -> str:
+    """One pydantic error as a line for the person who wrote the file. Local.
+
+    Args:
+        error: An entry of `ValidationError.errors()`.
+        root: The model that was validated.
+        tree: What was validated.
+        label: The configuration's name, where no layer set the key.
+        origins: The layer that set each key.
+    """
+    where, owner = locate(root, tree, error["loc"])
+    origin = next(
+        (origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in origins), label
+    )
+    dotted = ".".join(str(part) for part in where)
+    given = error["input"]
+    message = error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "extra_forbidden":
+            allowed = sorted(owner.model_fields) if owner else []
+            return f"{origin}: unknown key {dotted}{nearest(str(where[-1]), allowed)}"
+        case "missing":
+            return f"{origin}: {'table' if len(where) == 1 else 'key'} {dotted} is missing"
+        case "literal_error":
+            expected = str(error["ctx"]["expected"]).replace(" or ", ", ").replace("'", "")
+            return f"{origin}: {dotted} = {toml_value(given)}{nearest(given, expected.split(', '))}"
+        case "value_error" if isinstance(given, dict | BaseModel):
+            return f"{origin}: {f'[{dotted}] ' if dotted else ''}{message}"
+    rule = message.replace("Input should", "must", 1)
+    return f"{origin}: {dotted} = {toml_value(given)}: {rule}"
+
+
+def nearest(given: object, allowed: Sequence[str]) -> str:
+    """ "; did you mean ...? (allowed: ...)" for a name that is not among `allowed`. Local."""
+    near = difflib.get_close_matches(str(given), allowed, n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return f"{hint} (allowed: {', '.join(allowed)})"
+
+
+def locate(
+    root: type[BaseModel], tree: Tree, loc: Sequence[str | int]
+) -> tuple[KeyPath, type[BaseModel] | None]:
+    """The key path of a pydantic location, without union tags, and the model that owns its key."""
+    owner: type[BaseModel] | None = root
+    node: Any = tree
+    path: list[str | int] = []
+    for position, part in enumerate(loc):
+        last = position == len(loc) - 1
+        if not last and isinstance(node, Mapping) and node.get("kind") == part and part not in node:
+            continue  # a union tag, already used to choose `owner`
+        path.append(part)
+        node = node.get(part) if isinstance(node, Mapping) else None
+        if not last and owner is not None and part in owner.model_fields:
+            kind = node.get("kind") if isinstance(node, Mapping) else None
+            owner = _model_of(owner.model_fields[str(part)].annotation, kind)
+    return tuple(path), owner
+
+
+def _model_of(annotation: Any, kind: object) -> type[BaseModel] | None:
+    """The model behind an annotation: of a union, the member of this `kind`."""
+    models = list(_models(annotation))
+    for model in models:
+        field = model.model_fields.get("kind")
+        if field is not None and field.default == kind:
+            return model
+    custom = [
+        m for m in models if "kind" in m.model_fields and m.model_fields["kind"].is_required()
+    ]
+    if isinstance(kind, str) and ":" in kind and custom:
+        return custom[0]
+    return models[0] if len(models) == 1 else None
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _models(part)

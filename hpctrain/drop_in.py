@@ -1,0 +1,122 @@
+"""The gradient exchange for people who own their loop: `with hpctrain.attach(model, optimizer)`.
+
+Nothing of the optimiser or the model is replaced or wrapped: parameters become views of one flat
+vector, hooks on their gradients start the exchange during `backward()`, and `step()` finishes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpctrain.errors import UsageError
+from hpctrain.exchange import Exchange, ExchangeConfig
+from hpctrain.exchange.dense import Dense, DenseExchange, buckets_of
+from hpctrain.hardware import make_reducer
+from hpctrain.models.flat import FlatModel
+from hpctrain.settings import Watchdog
+from hpctrain.transport.communicator import Communicator
+
+
+class Attached:
+    """What the `with` block gets: `backward`, `accumulate` and `step`, and who this rank is."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        flat: FlatModel,
+        optimizer: torch.optim.Optimizer,
+        exchange: Exchange,
+    ) -> None:
+        self.rank, self.size = comm.rank, comm.size
+        self.flat = flat
+        self._comm, self._optimizer, self._exchange = comm, optimizer, exchange
+        self._samples = 0
+        self._weighted = False
+        exchange.arm()
+
+    def backward(self, loss: torch.Tensor, samples: int) -> None:
+        """Local. Backward of a mean loss over `samples` samples, weighted by their number.
+
+        Use it where ranks may hold different numbers of samples (last batch, adaptive batches):
+        the update is then the mean over all samples, not the mean of the ranks' means.
+        """
+        self._weighted = True
+        self._samples += samples
+        (loss * samples).backward()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Local. Backward passes inside only add to the gradient; the exchange waits for the next
+        backward pass outside."""
+        self._exchange.disarm()
+        yield
+        self._exchange.arm()
+
+    def step(self) -> None:
+        """Collective. Finish the exchange, average, update, and clear the gradient.
+
+        The average is over all samples given to `backward`, or over ranks where the loop calls
+        `loss.backward()` itself (each rank then counts the same, as in Horovod and DDP).
+        """
+        self._exchange.finish()
+        count = np.array([self._samples if self._weighted else 1], dtype=np.int64)
+        self._comm.allreduce(count)
+        self.flat.grads_P.div_(int(count[0]))
+        for parameter in self.flat.parameters:
+            if not self.flat.owns_gradient(parameter):
+                parameter.grad = self.flat.gradient_view(parameter)
+        self._optimizer.step()
+        self.flat.zero_grad()
+        self._samples, self._weighted = 0, False
+        self._exchange.arm()
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    exchange: ExchangeConfig | None = None,
+    comm: Communicator | None = None,
+) -> Iterator[Attached]:
+    """Collective. Sum gradients over all ranks inside the `with` block.
+
+    On entry every rank takes rank 0's parameters and buffers. The optimiser must already hold the
+    model's parameters and must not have stepped yet on different values.
+
+    Args:
+        model: Any module; its trainable parameters share one dtype and device.
+        optimizer: Any torch optimiser over those parameters.
+        exchange: `hpctrain.exchange.dense.Dense(...)`; default: Dense() with Horovod.
+        comm: The ranks; default: all that the launcher started.
+
+    Raises:
+        UsageError: the optimiser holds parameters that the model does not have.
+        BackendError: the launcher or the exchange's backend does not fit.
+    """
+    if comm is None:
+        from hpctrain.transport import mpi
+
+        comm = mpi.start()
+    known = {id(parameter) for parameter in model.parameters()}
+    strangers = [p for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
+    if strangers:
+        raise UsageError(
+            f"the optimizer holds {len(strangers)} parameter(s) that the model does not have; "
+            "make it from model.parameters()"
+        )
+    flat = FlatModel(model)
+    flat.broadcast(comm)
+    config = exchange or Dense()
+    buckets = buckets_of(config, flat)
+    names = [bucket.name for bucket in buckets]
+    reducer = make_reducer(config, names, comm, flat.params_P.device, Watchdog().warn_s)
+    running = DenseExchange(flat, buckets, reducer)
+    try:
+        yield Attached(comm, flat, optimizer, running)
+    finally:
+        running.close()

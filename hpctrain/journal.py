@@ -1,0 +1,183 @@
+"""What a run tells: its record, its status file, its display. Rank 0 writes; the others hold none.
+
+Seconds and bytes reach a line one step late: they travel with the next step's control message, so
+that telling them costs no message of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpctrain.clock import Clock
+from hpctrain.control import Sums
+from hpctrain.runs.checkpoint import Outcome
+from hpctrain.runs.folder import RunFolder
+from hpctrain.runs.manifest import Found
+from hpctrain.runs.progress import Progress, Summary
+from hpctrain.runs.record import Kind, Recorder
+from hpctrain.runs.tensorboard import TensorBoard
+from hpctrain.transport.communicator import BytesSource
+
+
+@dataclass
+class _Told:
+    """Cumulative numbers as of the last step line."""
+
+    sums: Sums = field(default_factory=Sums)
+    steps: int = 0
+    samples: int = 0
+
+
+class Journal:
+    """Tells a run's steps, evaluations, checkpoints and end. All methods are local.
+
+    Args:
+        progress: Shows; nothing on ranks other than 0.
+        size: Number of ranks.
+        every_steps: Steps between two recorded lines.
+        run_folder: None on a dry run.
+        recorder: On rank 0; None on others and on a dry run.
+        tensorboard: On rank 0 where asked for.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        size: int,
+        every_steps: int,
+        run_folder: RunFolder | None = None,
+        recorder: Recorder | None = None,
+        tensorboard: TensorBoard | None = None,
+    ) -> None:
+        self._progress = progress
+        self._size = size
+        self._every_steps = every_steps
+        self._run_folder = run_folder
+        self._recorder = recorder
+        self._tensorboard = tensorboard
+        self._told = _Told()
+        self._steps = 0
+        self._samples = 0
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder; None on a dry run."""
+        return self._run_folder.path if self._run_folder else None
+
+    def start(self, clock: Clock, checkpoint: Found | None) -> None:
+        """The run begins, or continues from `checkpoint`."""
+        if checkpoint is not None:
+            for refusal in checkpoint.refused:
+                self.note(clock, f"checkpoint {refusal.name} is not used: {refusal.reason}")
+            self.note(
+                clock,
+                f"continues after step {clock.step} from {checkpoint.path.name}, "
+                f"written by {checkpoint.size} rank(s)",
+            )
+
+    def step(
+        self, clock: Clock, sums: Sums, batch_global: int, lr: float, source: BytesSource
+    ) -> None:
+        """A step is done. `sums` are cumulative up to the step before."""
+        if self._recorder and (
+            self._steps == 0 or clock.step % self._every_steps == 0 or clock.done
+        ):
+            self._write(
+                "step",
+                clock,
+                loss=sums.loss / batch_global,
+                accuracy=None if sums.correct != sums.correct else sums.correct / batch_global,
+                lr=lr,
+                batch_global=batch_global,
+                bytes_source=source,
+                **self._rates(sums),
+            )
+        self._steps += 1
+        self._samples += batch_global
+        self._progress.tick(clock.step, clock.progress)
+        self._tell_running(clock)
+
+    def evaluation(self, clock: Clock, results: dict[str, float], eval_s: float) -> None:
+        """An evaluation is done."""
+        self._write("eval", clock, **results, eval_s=eval_s)
+
+    def checkpoint(self, clock: Clock, outcome: Outcome | None) -> None:
+        """A save ended, if `outcome` is not None."""
+        if outcome is not None:
+            self._write(
+                "checkpoint",
+                clock,
+                ok=outcome.ok,
+                saved_step=outcome.step,
+                stall_s=outcome.stall_s,
+                save_s=outcome.save_s,
+                bytes_written=outcome.bytes_written,
+                reason=outcome.reason or None,
+            )
+
+    def note(self, clock: Clock, text: str) -> None:
+        """A remark for the record and the display."""
+        self._write("note", clock, text=text)
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Show lines that are not recorded, the header for one."""
+        self._progress.say(lines)
+
+    def summary(
+        self, results: dict[str, float], totals: Sums, source: BytesSource, following: Sequence[str]
+    ) -> None:
+        """The closing table. `totals` are of the whole attempt, summed over ranks."""
+        self._progress.summary(
+            Summary(
+                results=results,
+                steps=self._steps,
+                samples=self._samples,
+                duration_s=totals.step_s / self._size,
+                compute_s=totals.compute_s / self._size,
+                exchange_s=totals.exchange_s / self._size,
+                input_s=totals.input_s / self._size,
+                bytes_sent_intra=int(totals.bytes_sent_intra),
+                bytes_sent_inter=int(totals.bytes_sent_inter),
+                bytes_source=source,
+                folder=str(self.folder),
+                following=following,
+            )
+        )
+
+    def end(self, clock: Clock, reason: str | None, exit_code: int) -> None:
+        """The run is over: complete, stopped for a reason, or failed with an exit code."""
+        if self._recorder and self._run_folder:
+            state = "failed" if exit_code not in (0, 75) else "stopped" if reason else "complete"
+            self._run_folder.end(state, clock.step, clock.samples, clock.epoch, exit_code)
+
+    def _rates(self, sums: Sums) -> dict[str, float | None]:
+        """Means per step since the last line, of what `sums` covers."""
+        told, self._told = self._told, _Told(sums, self._steps, self._samples)
+        steps = self._steps - told.steps
+        if steps == 0:
+            return {}
+        names = ("step_s", "compute_s", "exchange_s", "input_s")
+        seconds = {n: (getattr(sums, n) - getattr(told.sums, n)) / steps for n in names}
+        means: dict[str, float | None] = {n: s / self._size for n, s in seconds.items()}
+        for name in ("bytes_sent_intra", "bytes_sent_inter"):
+            means[name] = round((getattr(sums, name) - getattr(told.sums, name)) / steps)
+        step_s = means["step_s"]
+        samples = (self._samples - told.samples) / steps
+        means["samples_per_s"] = samples / step_s if step_s else None
+        return means
+
+    def _write(self, kind: Kind, clock: Clock, **values: object) -> None:
+        if self._recorder is None:
+            return
+        line = self._recorder.write(
+            kind, clock.step, samples=clock.samples, epoch=clock.epoch, **values
+        )
+        self._progress.show(line)
+        if self._tensorboard:
+            self._tensorboard.show(line)
+
+    def _tell_running(self, clock: Clock) -> None:
+        if self._recorder and self._run_folder:
+            self._run_folder.running(clock.step, clock.samples, clock.epoch)

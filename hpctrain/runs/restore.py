@@ -1,0 +1,122 @@
+"""From a verified checkpoint back to states, at the same or at another number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+
+from hpctrain.errors import DataError
+from hpctrain.runs.manifest import REPLICATED, STATE, rank_name
+from hpctrain.runs.snapshot import decode
+from hpctrain.state import Placed, Placement, Resize, State, shard_bounds
+
+
+def load(folder: Path, rank: int, size: int) -> dict[str, State]:
+    """The states of all parts for `rank` of `size` ranks. Local: every rank reads for itself.
+
+    `folder` is a checkpoint that rank 0 has verified (`manifest.latest`). At the number of ranks
+    that wrote it every tensor comes back bitwise equal; at another number, by its resize rule
+    (hpctrain/state.py). Sums and means over old ranks are taken in rank order, floats in float64
+    and rounded once. Tensors are fresh host memory, in no way tied to the files.
+
+    Raises:
+        DataError: the old ranks' tensors do not fit together; names the tensor.
+    """
+    state = json.loads((folder / STATE).read_bytes())
+    parts: dict[str, State] = {}
+    for part, content in state["parts"].items():
+        counters = {name: decode(value) for name, value in content["counters"].items()}
+        parts[part] = State(counters=counters)
+        for name, entry in content["tensors"].items():
+            if entry["placement"] != "replicated":
+                continue
+            if size == state["size"] or entry["resize"] == "keep":
+                tensor = _read(folder / REPLICATED, f"{part}/{name}")
+                parts[part].tensors[name] = _placed(tensor, entry)
+    own = _same_size(folder, rank) if size == state["size"] else _resized(folder, state, rank, size)
+    for key, placed in own.items():
+        part, name = key.split("/", 1)
+        parts.setdefault(part, State()).tensors[name] = placed
+    return parts
+
+
+def _same_size(folder: Path, rank: int) -> dict[str, Placed]:
+    table = _table(folder, rank)
+    path = folder / f"{rank_name(rank)}.safetensors"
+    return {key: _placed(_read(path, key), entry) for key, entry in table.items()}
+
+
+def _resized(folder: Path, state: dict[str, Any], rank: int, size: int) -> dict[str, Placed]:
+    tables = [_table(folder, old) for old in range(state["size"])]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    result = {}
+    for key in keys:
+        entries = {old: table[key] for old, table in enumerate(tables) if key in table}
+        entry = next(iter(entries.values()))
+        if entry["resize"] == "reset":
+            continue
+        if entry["placement"] == "shard":
+            tensor = _recut(folder, key, entries, rank, size)
+        else:
+            tensor = _combined(folder, key, entries, len(tables), rank, size)
+        result[key] = _placed(tensor, entry)
+    return result
+
+
+def _recut(folder: Path, key: str, entries: dict[int, Any], rank: int, size: int) -> torch.Tensor:
+    lengths = {old: int(entry["shape"][0]) for old, entry in entries.items()}
+    start, end = shard_bounds(sum(lengths.values()), rank, size)
+    pieces = []
+    offset = 0
+    for old, length in lengths.items():
+        first, last = max(start - offset, 0), min(end - offset, length)
+        if first < last:
+            path = folder / f"{rank_name(old)}.safetensors"
+            pieces.append(_read(path, key)[first:last])
+        offset += length
+    if pieces:
+        return torch.cat(pieces)
+    dtype = next(iter(entries.values()))["dtype"]
+    return torch.empty(0, dtype=getattr(torch, dtype))
+
+
+def _combined(
+    folder: Path, key: str, entries: dict[int, Any], old_size: int, rank: int, size: int
+) -> torch.Tensor:
+    entry = next(iter(entries.values()))
+    shapes = {(tuple(other["shape"]), other["dtype"]) for other in entries.values()}
+    mean = entry["resize"] == "mean"
+    if len(shapes) > 1 or (mean and len(entries) < old_size):
+        raise DataError(
+            f"{folder}: {key} differs in shape between the {old_size} ranks that wrote it, so it "
+            f"has no {entry['resize']}. Resume at {old_size} ranks"
+        )
+    dtype: torch.dtype = getattr(torch, entry["dtype"])
+    total_dtype = torch.float64 if dtype.is_floating_point else dtype
+    sources = [old for old in entries if mean or old % size == rank]
+    if len(sources) == 1 and not mean:
+        return _read(folder / f"{rank_name(sources[0])}.safetensors", key)
+    total = torch.zeros(entry["shape"], dtype=total_dtype)
+    for old in sources:
+        total += _read(folder / f"{rank_name(old)}.safetensors", key)
+    return (total / old_size if mean else total).to(dtype)
+
+
+def _table(folder: Path, rank: int) -> dict[str, Any]:
+    table = json.loads((folder / f"{rank_name(rank)}.json").read_bytes())["tensors"]
+    return cast("dict[str, Any]", table)
+
+
+def _read(path: Path, key: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        # Copied: a mapped tensor would crash its reader when the checkpoint is pruned on NFS.
+        return cast("torch.Tensor", file.get_tensor(key)).clone()
+
+
+def _placed(tensor: torch.Tensor, entry: dict[str, Any]) -> Placed:
+    placement, resize = cast("Placement", entry["placement"]), cast("Resize", entry["resize"])
+    return Placed(tensor, placement, resize)

@@ -1,0 +1,74 @@
+"""What a checkpoint holds of one component: named tensors with a placement, and counters.
+
+Every component with memory (parameters, optimiser, exchange, sync rule, batch policy, sample
+order, random generators) offers a `State` and takes one back. Each tensor declares where it lives
+and what a change of the number of ranks does to it, so that checkpoint code needs no special cases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Placement = Literal["replicated", "per_rank", "shard"]
+"""replicated: equal on all ranks; per_rank: each rank its own; shard: contiguous pieces, in rank
+order, of one flat vector."""
+
+Resize = Literal["keep", "sum", "mean", "reset"]
+"""What another number of ranks does.
+
+keep: `replicated` and `shard` only; the value is the same whole vector (a shard is re-cut).
+sum: new rank r takes the sum of the old ranks congruent to r modulo the new number of ranks
+     (zeros when there are none), so that the sum over ranks is conserved.
+mean: every new rank takes the mean over the old ranks.
+reset: the tensor is left out of the loaded state; the component starts it afresh.
+"""
+
+Counter = int | float | str | bool | None
+
+
+def shard_bounds(n: int, rank: int, size: int) -> tuple[int, int]:
+    """Start and end of `rank`'s piece of a flat vector of n elements. Local.
+
+    The one rule by which shards are cut (and re-cut for another number of ranks): the first
+    n mod size ranks hold one element more than the others.
+    """
+    base, longer = divmod(n, size)
+    start = rank * base + min(rank, longer)
+    return start, start + base + (1 if rank < longer else 0)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor with its placement and resize rule."""
+
+    tensor: torch.Tensor
+    placement: Placement = "replicated"
+    resize: Resize = "keep"
+
+    def __post_init__(self) -> None:
+        if self.placement == "per_rank" and self.resize == "keep":
+            raise ValueError("a per_rank tensor needs resize = sum, mean or reset; got keep")
+
+
+@dataclass
+class State:
+    """Named tensors and counters of one component. Counters are equal on all ranks."""
+
+    tensors: dict[str, Placed] = field(default_factory=dict)
+    counters: dict[str, Counter] = field(default_factory=dict)
+
+
+class Stateful(Protocol):
+    """A component whose state goes into checkpoints."""
+
+    def state(self) -> State:
+        """The present state. Local. Tensors may alias live memory: the caller copies."""
+        ...
+
+    def load_state(self, state: State) -> None:
+        """Take a state back. Local. Tensors absent from `state` (resize = reset) start afresh."""
+        ...

@@ -1,0 +1,171 @@
+"""The loop. Three functions, three levels: per run, per step, per micro-batch.
+
+`assemble.py` builds what they use; the methods themselves (exchange, batch policy, learning rate)
+stand in their rooms, so nothing here depends on which one a run chose.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+
+import torch
+from torch import Tensor
+
+from hpctrain.control import Maxima, Sums
+from hpctrain.data.loader import Batch
+from hpctrain.errors import NonFiniteLoss
+from hpctrain.models.loss import per_sample_loss
+from hpctrain.session import Session, Timing
+
+
+def run_training(session: Session) -> str | None:
+    """Per run. Collective. Train until the run is complete or asked to stop.
+
+    Returns:
+        None when complete, else the reason for which all ranks stopped at this step, with a good
+        checkpoint behind them.
+
+    Raises:
+        NonFiniteLoss: on all ranks, before the update that would have used it.
+        WriteError: a checkpoint could not be written and `checkpoint.on_error = "stop"`.
+    """
+    while not session.clock.done:
+        if session.evaluation_due():
+            evaluate(session)
+        began = time.perf_counter()
+        batch_global = session.policy.decide(session.clock.samples)
+        batch = session.loader.next(batch_global, session.clock.samples_left)
+        lr = session.lr_for(batch.batch_global)
+        sums, maxima, timing = train_step(session, batch, lr, began)
+        session.clock.advance(batch.batch_global)
+        session.record_step(sums, batch.batch_global, lr, timing)
+        if reason := session.stop_reason(maxima):
+            session.save_and_wait(stopped=True)
+            return reason
+        session.save_if_due(maxima)
+    evaluate(session)
+    session.save_and_wait(stopped=False)
+    return None
+
+
+def train_step(
+    session: Session, batch: Batch, lr: float, began: float
+) -> tuple[Sums, Maxima, Timing]:
+    """Per step. Collective. One optimiser update from this rank's share of the global batch.
+
+    Args:
+        batch: This rank's micro-batches; none is legal.
+        lr: Step size.
+        began: `time.perf_counter()` before the batch was asked for.
+
+    Returns:
+        What all ranks said, reduced, and this rank's seconds.
+
+    Raises:
+        NonFiniteLoss: on all ranks, before the update.
+    """
+    fetched = time.perf_counter()
+    session.watchdog.beat(session.clock.step, "compute")
+    session.flat.zero_grad()
+    losses: list[Tensor] = []
+    for position, (inputs, targets) in enumerate(batch.micro_batches, start=1):
+        if position == len(batch.micro_batches):
+            session.exchange.arm()
+        losses.append(backward(session, inputs, targets, batch.batch_global))
+    loss, correct = torch.stack(losses).sum(0).tolist() if losses else (0.0, 0.0)
+    computed = time.perf_counter()
+    session.watchdog.beat(session.clock.step, "exchange")
+    session.control.start(*session.vote(loss, correct))
+    session.exchange.finish()
+    sums, maxima = session.control.wait()
+    if sums.non_finite:
+        refuse_update(session, not math.isfinite(loss))
+    exchanged = time.perf_counter()
+    session.optimiser.step(lr)
+    ended = time.perf_counter()
+    return (
+        sums,
+        maxima,
+        Timing(
+            step_s=ended - began,
+            compute_s=computed - fetched + ended - exchanged,
+            exchange_s=exchanged - computed,
+            input_s=fetched - began,
+        ),
+    )
+
+
+def backward(session: Session, inputs: Tensor, targets: Tensor, batch_global: int) -> Tensor:
+    """Per micro-batch. Local, but the last one of a step starts the exchange of its gradients.
+
+    Adds the gradient of (sum of this micro-batch's losses) / batch_global to the flat gradient.
+
+    Returns:
+        (2,): sum of losses and sum of correctness, detached.
+    """
+    with session.autocast():
+        loss_B, correct_B = per_sample_loss(session.flat.module, session.spec, inputs, targets)
+    loss = loss_B.sum()
+    (loss / batch_global).backward()
+    return torch.stack([loss.detach(), correct_B.sum()]).double()
+
+
+@torch.no_grad()
+def evaluate(session: Session) -> None:
+    """Collective. Record mean loss and accuracy over the held-out set, each rank its share of it.
+
+    Leaves no trace in the training state. Float buffers (running statistics of batch normalisation)
+    are averaged over ranks meanwhile, since every rank has seen other samples.
+    """
+    session.watchdog.beat(session.clock.step, "evaluate")
+    began = time.perf_counter()
+    sums = torch.zeros(2, dtype=torch.float64)
+    with session.evaluating():
+        for inputs, targets in session.held_out_batches():
+            with session.autocast():
+                losses = per_sample_loss(session.flat.module, session.spec, inputs, targets)
+            sums += torch.stack([part.sum() for part in losses]).to("cpu", torch.float64)
+    session.comm.allreduce(sums.numpy())
+    loss, correct = (sums / len(session.data.test)).tolist()
+    accuracy = {} if math.isnan(correct) else {"accuracy": correct}
+    session.record_evaluation({"loss": loss} | accuracy, time.perf_counter() - began)
+
+
+def refuse_update(session: Session, mine: bool) -> None:
+    """Collective. Name the ranks whose loss is not finite, after the save under way, if any.
+
+    Raises:
+        NonFiniteLoss: always, equal on all ranks.
+    """
+    ranks = session.control.ranks_with(mine)
+    session.finish_save()
+    raise NonFiniteLoss(
+        f"the loss of step {session.clock.step} is inf or NaN on rank(s) {ranks}; stopped before "
+        "the update. Lower lr.base, lengthen lr.warmup_epochs, set optimiser.clip_norm, or check "
+        "the data; --resume auto starts again from the last checkpoint"
+    )
+
+
+def rehearse(session: Session) -> list[str]:
+    """Collective. One step's gradient without an update or a file; what memory it takes, in words."""
+    batch_global = session.policy.decide(session.clock.samples)
+    batch = session.loader.next(batch_global, session.clock.samples_left)
+    for inputs, targets in batch.micro_batches:
+        backward(session, inputs, targets, batch.batch_global)
+    flat_bytes = session.flat.n_params * session.flat.params_P.element_size()
+    state_bytes = sum(
+        placed.tensor.numel() * placed.tensor.element_size()
+        for state in session.parts().values()
+        for placed in state.tensors.values()
+    )
+    if session.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(session.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return [
+        f"dry run   one batch of {batch.batch_global} samples went through, no file was written",
+        f"memory    peak {peak / 1e6:,.0f} MB on rank 0 (parameters and gradients "
+        f"{2 * flat_bytes / 1e6:,.1f} MB, a checkpoint {state_bytes / 1e6:,.1f} MB)",
+    ]

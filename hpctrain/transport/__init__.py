@@ -1,0 +1,1 @@
+"""How ranks talk: communicators, dense reducers, launch and abort guards, the stall watchdog."""

@@ -1,0 +1,202 @@
+"""Layers, origins, round trips and error texts of the configuration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpctrain.config import Loaded, file_schema, from_mapping, load, parse_overrides
+from hpctrain.errors import ConfigError
+from hpctrain.toml_text import to_toml, toml_value
+
+MINIMAL = """
+[data]
+kind = "digits"
+[model]
+kind = "mlp"
+[lr]
+base = 0.1
+[train]
+epochs = 1
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str, name: str = "a.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def error_of(source: Path | None, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(source, overrides)
+    return str(caught.value)
+
+
+def origin(loaded: Loaded, key: str) -> str:
+    return next(where for name, _, where in loaded.rows() if name == key)
+
+
+def test_embedded_run_is_valid_and_uses_horovod():
+    run = load(None).run
+    assert run.name == "digits"
+    assert run.exchange.dense_backend == "horovod"
+
+
+def test_every_resolved_run_reads_back_equal(write):
+    for source in [None, write(MINIMAL)]:
+        run = load(source).run
+        again = load(write(to_toml(run), "again.toml")).run
+        assert again == run
+
+
+def test_precedence_is_defaults_base_file_set(write, tmp_path):
+    write(MINIMAL + "[batch]\nbatch_global = 10\nmicro_batch = 5\n", "base.toml")
+    path = write('base = "base.toml"\nseed = 3\n[batch]\nbatch_global = 20\n', "top.toml")
+    loaded = load(path, ["lr.base=0.5"])
+    assert (loaded.run.batch.batch_global, loaded.run.batch.micro_batch) == (20, 5)
+    assert loaded.run.lr.base == 0.5
+    assert loaded.run.name == "top"
+    assert origin(loaded, "batch.batch_global").endswith("top.toml")
+    assert origin(loaded, "batch.micro_batch").endswith("base.toml")
+    assert origin(loaded, "lr.base") == "--set"
+    assert origin(loaded, "exchange.bucket_mib") == "default"
+
+
+def test_a_changed_kind_replaces_the_table_of_the_base(write):
+    write(MINIMAL.replace('kind = "mlp"', 'kind = "cnn"\nchannels = [4]'), "base.toml")
+    path = write('base = "base.toml"\n[model]\nkind = "mlp"\n', "top.toml")
+    assert load(path).run.model.kind == "mlp"
+
+
+def test_circle_of_bases_is_refused(write):
+    write('base = "b.toml"', "a.toml")
+    assert "circle" in error_of(write('base = "a.toml"', "b.toml"))
+
+
+def test_missing_file_names_the_nearest(write, tmp_path):
+    write(MINIMAL, "digits.toml")
+    message = error_of(tmp_path / "digts.toml")
+    assert "no such file" in message
+    assert "did you mean" in message
+    assert "digits.toml" in message
+
+
+def test_broken_toml_names_file_and_line(write):
+    message = error_of(write("[data\n"))
+    assert "a.toml" in message
+    assert "line 1" in message
+
+
+CASES = [
+    ("[batch]\nbatch_globl = 3", ["a.toml", "batch.batch_globl", 'did you mean "batch_global"']),
+    ("[exchnge]\nkind = 'dense'", ["unknown key exchnge", 'did you mean "exchange"']),
+    ("[batch]\nbatch_global = 'many'", ["batch.batch_global", '"many"', "integer"]),
+    ("[batch]\nbatch_global = 0", ["batch.batch_global", "0", "greater than or equal to 1"]),
+    ("[exchange]\nkind = 'densee'", ["exchange.kind", '"densee"', "dense"]),
+    ("[exchange]\nwire_dtype = 'float17'", ["exchange.wire_dtype", 'did you mean "float16"']),
+    ("[optimiser]\nkind = 'adamm'", ["optimiser", "adamm", "adamw"]),
+    ("[checkpoint]\nevery_s = 'soon'", ["checkpoint.every_s", "soon", "30m"]),
+    ("[watchdog]\nwarn_s = 60\nabort_s = 10", ["watchdog", "abort_s"]),
+]
+
+
+@pytest.mark.parametrize(("extra", "parts"), CASES)
+def test_error_names_file_key_allowed_and_nearest(write, extra, parts):
+    message = error_of(write(MINIMAL + extra))
+    for part in parts:
+        assert part in message, message
+    assert "\n" not in message.strip(), "one mistake, one line"
+
+
+def test_unknown_key_inside_a_chosen_kind_lists_that_kind(write):
+    message = error_of(write(MINIMAL.replace('kind = "mlp"', 'kind = "mlp"\nwidth = 3')))
+    assert "model.width" in message
+    assert "widths" in message
+
+
+def test_unknown_kind_lists_the_members(write):
+    message = error_of(write(MINIMAL.replace('"mlp"', '"transformer"')))
+    for member in ("logistic", "mlp", "cnn", "resnet20", "gpt"):
+        assert member in message
+
+
+def test_two_lengths_are_refused(write):
+    assert "exactly one of epochs, samples, steps" in error_of(write(MINIMAL), "train.steps=3")
+
+
+def test_impossible_combinations_are_refused(write):
+    path = write(MINIMAL)
+    assert "float64" in error_of(path, "train.dtype=float64", "exchange.wire_dtype=float16")
+    assert "nccl" in error_of(path, "exchange.dense_backend=nccl", "train.device=cpu")
+    assert "autocast" in error_of(path, "train.autocast=bfloat16", "train.device=cpu")
+
+
+def test_two_mistakes_are_both_told(write):
+    message = error_of(write(MINIMAL), "batch.batch_global=0", "lr.bass=1")
+    assert len(message.splitlines()) >= 2
+
+
+def test_overrides_take_toml_values_and_bare_words():
+    tree = parse_overrides(["a.b=1", "a.c=[1, 2]", "d=word", 'e="x=y"', "f=true", "g=1e-3"])
+    assert tree == {"a": {"b": 1, "c": [1, 2]}, "d": "word", "e": "x=y", "f": True, "g": 1e-3}
+
+
+@pytest.mark.parametrize("text", ["novalue", "=3", "a..b=1"])
+def test_malformed_override_says_the_form(text):
+    with pytest.raises(ConfigError, match="table.key=value"):
+        parse_overrides([text])
+
+
+def test_mapping_is_validated_like_a_file():
+    tree = {"data": {"kind": "digits"}, "model": {"kind": "mlp"}, "lr": {"base": 0.1},
+            "train": {"steps": 2}}  # fmt: skip
+    assert from_mapping(tree).run.train.steps == 2
+    with pytest.raises(ConfigError, match="table lr is missing"):
+        from_mapping({key: tree[key] for key in ("data", "model", "train")})
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_as_a_toml_value(text):
+    from hpctrain.config import tomllib
+
+    assert tomllib.loads(f"v = {toml_value(text)}")["v"] == text
+
+
+def test_schema_describes_every_key_and_allows_base():
+    schema = file_schema()
+    assert "base" in schema["properties"]
+    undocumented = [
+        f"{name}.{key}"
+        for name, model in schema["$defs"].items()
+        for key, entry in model.get("properties", {}).items()
+        if "description" not in entry
+    ]
+    assert not undocumented, f"keys without a help sentence: {undocumented}"
+    json.dumps(schema)
+
+
+def test_check_runs_without_a_launcher(write):
+    path = write(MINIMAL)
+    done = subprocess.run(
+        [sys.executable, "-m", "hpctrain", "check", str(path), "--set", "lr.base=0.2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "good" in done.stdout
+    bad = subprocess.run(
+        [sys.executable, "-m", "hpctrain", "check", str(path), "--set", "lr.bas=0.2"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert bad.returncode == 78
+    assert 'did you mean "base"' in bad.stderr

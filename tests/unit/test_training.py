@@ -1,0 +1,132 @@
+"""The loop on threads: losses do not depend on the number of ranks, and golden losses hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpctrain.api import Outcome, run_on
+from hpctrain.assemble import Options, World
+from hpctrain.config import from_mapping
+from hpctrain.errors import NonFiniteLoss
+from hpctrain.transport.threads import run_threads
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "losses.json"
+
+MLP: dict[str, Any] = {
+    "name": "mlp",
+    "seed": 7,
+    "data": {"kind": "digits"},
+    "model": {"kind": "mlp", "widths": [24]},
+    "optimiser": {"kind": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
+    "lr": {"base": 0.1, "schedule": "cosine", "warmup_epochs": 0.5},
+    "batch": {"batch_global": 50},
+    "train": {"steps": 30, "dtype": "float64"},
+    "evaluate": {"every_epochs": 0},
+    "record": {"every_steps": 1, "progress": "none"},
+}
+GPT: dict[str, Any] = MLP | {
+    "name": "cnn",
+    "model": {"kind": "cnn", "channels": [4, 8], "hidden": 16},
+    "optimiser": {"kind": "adamw", "clip_norm": 0.5},
+    "lr": {"base": 0.01},
+    "batch": {"batch_global": 50, "micro_batch": 7},
+}
+
+
+def train_threads(tree: dict[str, Any], size: int, folder: Path, **options: Any) -> list[Outcome]:
+    loaded = from_mapping(tree)
+    return run_threads(
+        size, lambda comm: run_on(World(comm), loaded, Options(out=folder, **options))
+    )
+
+
+def step_losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("tree", [MLP, GPT], ids=["mlp-sgd", "cnn-adamw-micro"])
+def test_float64_losses_do_not_depend_on_the_number_of_ranks(tree, tmp_path):
+    losses = {}
+    for size in (1, 2, 3, 4):
+        train_threads(tree, size, tmp_path / str(size))
+        losses[size] = step_losses(tmp_path / str(size))
+    assert len(losses[1]) == 30
+    for size in (2, 3, 4):
+        assert losses[size] == pytest.approx(losses[1], rel=1e-12, abs=0)
+
+
+def test_float32_losses_agree_over_the_first_steps(tmp_path):
+    tree = MLP | {"train": {"steps": 10}}
+    train_threads(tree, 1, tmp_path / "1")
+    for size in (2, 3, 4):
+        train_threads(tree, size, tmp_path / str(size))
+        expected = pytest.approx(step_losses(tmp_path / "1"), rel=1e-5, abs=0)
+        assert step_losses(tmp_path / str(size)) == expected
+
+
+@pytest.mark.parametrize("tree", [MLP, GPT], ids=["mlp-sgd", "cnn-adamw-micro"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_golden_losses(tree, size, tmp_path):
+    train_threads(tree, size, tmp_path / "run")
+    losses = step_losses(tmp_path / "run")[:20]
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        golden[tree["name"]] = losses
+        GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    assert losses == pytest.approx(golden[tree["name"]], rel=1e-10)
+
+
+def test_stopped_and_resumed_at_other_sizes_equals_one_run(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_threads(MLP, 2, whole)
+    for size, steps in ((4, 9), (2, 20), (3, 30)):
+        stop = parts / "STOP"
+        outcomes = train_threads(
+            MLP | {"checkpoint": {"every_steps": 1}, "train": MLP["train"] | {"steps": steps}},
+            size, parts, resume="auto" if parts.exists() else "never",
+        )  # fmt: skip
+        assert all(outcome.complete for outcome in outcomes)
+        assert not stop.exists()
+    assert len(step_losses(parts)) == 30
+
+
+def test_resume_is_bitwise_with_dropout(tmp_path):
+    tree = MLP | {"model": {"kind": "mlp", "widths": [24], "dropout": 0.3}}
+    tree["lr"] = {"base": 0.1}
+    train_threads(tree, 3, tmp_path / "whole")
+    train_threads(tree | {"train": {"steps": 11, "dtype": "float64"}}, 3, tmp_path / "parts")
+    train_threads(tree, 3, tmp_path / "parts", resume="auto")
+    assert step_losses(tmp_path / "parts") == step_losses(tmp_path / "whole")
+
+
+def test_fewer_samples_than_ranks(tmp_path):
+    tree = MLP | {"batch": {"batch_global": 3}, "train": {"steps": 8, "dtype": "float64"}}
+    train_threads(tree, 1, tmp_path / "1")
+    train_threads(tree, 4, tmp_path / "4")
+    assert step_losses(tmp_path / "4") == pytest.approx(step_losses(tmp_path / "1"), rel=1e-12)
+
+
+def test_a_short_last_batch_counts_by_its_true_size(tmp_path):
+    tree = MLP | {"batch": {"batch_global": 1000}, "train": {"epochs": 2, "dtype": "float64"}}
+    train_threads(tree, 2, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    sizes = [line["batch_global"] for line in lines if line["kind"] == "step"]
+    epoch = sum(sizes[: len(sizes) // 2])
+    assert sizes[0] == 1000
+    assert sizes == [1000, epoch - 1000] * 2
+
+
+def test_divergence_is_refused_before_the_update(tmp_path):
+    tree = MLP | {"lr": {"base": 1e300}, "train": {"steps": 30, "dtype": "float32"}}
+    with pytest.raises(Exception, match="inf or NaN") as caught:
+        train_threads(tree, 2, tmp_path / "run")
+    cause = caught.value if isinstance(caught.value, NonFiniteLoss) else caught.value.__cause__
+    assert isinstance(cause, NonFiniteLoss)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 70)
