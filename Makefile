@@ -14,7 +14,11 @@ SIZES := 1 2 3 4
 # Asked for explicitly, or the environment that is active, else .venv.
 HOROVOD_PYTHON = $(or $(PYTHON),$(if $(VIRTUAL_ENV)$(CONDA_PREFIX),python3,$(BIN)/python))
 
-export PYTHON CXX
+export PYTHON
+# make has a CXX of its own; only one that somebody chose is passed on.
+ifneq ($(origin CXX),default)
+export CXX
+endif
 
 .PHONY: help setup demo test unit faults ranks check format horovod clean
 

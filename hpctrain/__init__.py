@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "attach", "train"]
 
 if TYPE_CHECKING:
-    from hpctrain.drop_in import attach
     from hpctrain.api import train
+    from hpctrain.drop_in import attach
 
 
 def __getattr__(name: str) -> Any:

@@ -101,7 +101,7 @@ def run_on(world: World, loaded: Loaded, options: Options) -> Outcome:
     """Collective. One whole run over the ranks of `world`, whatever carries it."""
     with open_session(loaded, world, options) as session:
         if options.dry_run:
-            reason = "dry run"
+            reason: str | None = "dry run"
             session.journal.say(rehearse(session))
         else:
             reason = run_training(session)
@@ -139,4 +139,4 @@ def _following(loaded: Loaded, session: Session, reason: str | None) -> list[str
     return [f"hpctrain status {folder}"]
 
 
-hpctrain.train = train  # type: ignore[assignment] # the sub-module of that name must not hide it
+hpctrain.train = train  # the sub-module of that name must not hide it

@@ -1,5 +1,6 @@
-"""Builds a run from its configuration, in order of dependency: folder, device, data, model,
-exchange, record. The one place where the concrete classes of all rooms meet.
+"""Builds a run from its configuration; the one place where the classes of all rooms meet.
+
+In order of dependency: folder, device, data, model, exchange, record.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
 
 
 def claim_folder(run: Run, comm: Communicator, options: Options, local: ExitStack) -> Place:
-    """Collective. Rank 0 chooses the run folder and its newest good checkpoint; all open their logs.
+    """Collective. Rank 0 chooses run folder and newest good checkpoint; all open their logs.
 
     Raises:
         UsageError: the folder does not fit --resume.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -39,13 +39,11 @@ Exit codes: 0 complete, 2 usage, 65 data, 69 backend unavailable, 70 internal, 7
 """
 
 Config = Annotated[
-    Optional[Path],
-    typer.Argument(
-        metavar="[CONFIG.toml]", help="Configuration; default: the built-in digits run."
-    ),
+    Path | None,
+    typer.Argument(metavar="[CONFIG.toml]", help="Default: the built-in digits run."),
 ]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", metavar="table.key=value", help="Override one value; may be repeated."),
 ]
 RunArgument = Annotated[
@@ -71,7 +69,7 @@ def train(
     config: Config = None,
     set_: Set = None,
     out: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="Run folder. Default: the next free runs/NAME-001, -002, ..."),
     ] = None,
     resume: Annotated[
@@ -83,7 +81,7 @@ def train(
         ),
     ] = "never",
     walltime: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="30m", help="Save and exit 75 before this much time has passed: 90, 30m, 4h."
         ),
@@ -93,8 +91,8 @@ def train(
     ] = False,
 ) -> None:
     """Train. Start it under a launcher: mpirun -n 4 hpctrain train CONFIG.toml."""
-    from hpctrain.config import load
     from hpctrain.api import launch, parse_options
+    from hpctrain.config import load
 
     loaded = load(config, set_ or [])
     options = parse_options(out=out, resume=resume, walltime=walltime, dry_run=dry_run)

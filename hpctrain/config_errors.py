@@ -49,7 +49,7 @@ def explain(
 
 
 def nearest(given: object, allowed: Sequence[str]) -> str:
-    """ "; did you mean ...? (allowed: ...)" for a name that is not among `allowed`. Local."""
+    """The end of a message about a name that is not among `allowed`. Local."""
     near = difflib.get_close_matches(str(given), allowed, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     return f"{hint} (allowed: {', '.join(allowed)})"

@@ -51,8 +51,7 @@ class Attached:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Local. Backward passes inside only add to the gradient; the exchange waits for the next
-        backward pass outside."""
+        """Local. Backward passes inside only add; the next one outside starts the exchange."""
         self._exchange.disarm()
         yield
         self._exchange.arm()
@@ -69,7 +68,7 @@ class Attached:
         self.flat.grads_P.div_(int(count[0]))
         for parameter in self.flat.parameters:
             if not self.flat.owns_gradient(parameter):
-                parameter.grad = self.flat.gradient_view(parameter)
+                self.flat.restore_gradient(parameter)
         self._optimizer.step()
         self.flat.zero_grad()
         self._samples, self._weighted = 0, False

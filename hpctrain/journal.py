@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from hpctrain.clock import Clock
 from hpctrain.control import Sums
+from hpctrain.errors import EXIT_COMPLETE, EXIT_STOPPED
 from hpctrain.runs.checkpoint import Outcome
 from hpctrain.runs.folder import RunFolder
 from hpctrain.runs.manifest import Found
@@ -149,7 +151,8 @@ class Journal:
     def end(self, clock: Clock, reason: str | None, exit_code: int) -> None:
         """The run is over: complete, stopped for a reason, or failed with an exit code."""
         if self._recorder and self._run_folder:
-            state = "failed" if exit_code not in (0, 75) else "stopped" if reason else "complete"
+            ended: Literal["stopped", "complete"] = "stopped" if reason else "complete"
+            state = ended if exit_code in (EXIT_COMPLETE, EXIT_STOPPED) else "failed"
             self._run_folder.end(state, clock.step, clock.samples, clock.epoch, exit_code)
 
     def _rates(self, sums: Sums) -> dict[str, float | None]:

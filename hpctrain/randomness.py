@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from hpctrain.state import Placed, State
 class RandomState:
     """Generators of Python, NumPy and torch on this rank: dropout, and whatever user code draws.
 
-    Sample order and augmentation do not depend on them: they are functions of (seed, epoch, sample).
+    Sample order and augmentation do not depend on them: they follow from (seed, epoch, sample).
     Placement per rank; at another number of ranks they start afresh from (seed, rank, samples).
     """
 
@@ -33,7 +34,7 @@ class RandomState:
         """Local. All generators as integer tensors."""
         version, words, gauss = random.getstate()
         assert version == 3
-        legacy = np.random.get_state(legacy=True)
+        legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - user code draws here
         tensors = {
             "torch": torch.get_rng_state(),
             "python": torch.tensor(words, dtype=torch.int64),
@@ -59,7 +60,7 @@ class RandomState:
         random.setstate((3, words, gauss if has_gauss else None))
         position, has_gauss, gauss = tensors["numpy_rest"].tolist()
         keys = tensors["numpy"].numpy().astype(np.uint32)
-        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002 - user code draws here
         if "cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["cuda"])
 
@@ -67,4 +68,4 @@ class RandomState:
     def _seed_all(seed: int) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - user code draws here

@@ -1,4 +1,4 @@
-"""Tables that belong to the run as a whole and to no room: `[train]`, `[evaluate]`, `[watchdog]`."""
+"""Tables of the run as a whole: `[train]`, `[evaluate]`, `[watchdog]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Train(Table):
     """How long, where and in which number format."""
 
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training set (fractions allowed). Give exactly one of epochs, samples, steps."""
+    """Passes over the training set, fractions allowed; or give samples, or steps."""
     samples: int | None = Field(default=None, ge=1)
     """Training samples to take, over all ranks."""
     steps: int | None = Field(default=None, ge=1)
@@ -64,6 +64,6 @@ class Watchdog(Table):
     def _order(self) -> Watchdog:
         if 0 < self.abort_s <= self.warn_s:
             raise ValueError(
-                f"abort_s = {self.abort_s:g} must be 0 (never) or more than warn_s = {self.warn_s:g}"
+                f"abort_s = {self.abort_s:g}: 0 (never), or more than warn_s = {self.warn_s:g}"
             )
         return self

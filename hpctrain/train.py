@@ -56,6 +56,7 @@ def train_step(
     """Per step. Collective. One optimiser update from this rank's share of the global batch.
 
     Args:
+        session: The run.
         batch: This rank's micro-batches; none is legal.
         lr: Step size.
         began: `time.perf_counter()` before the batch was asked for.
@@ -149,7 +150,7 @@ def refuse_update(session: Session, mine: bool) -> None:
 
 
 def rehearse(session: Session) -> list[str]:
-    """Collective. One step's gradient without an update or a file; what memory it takes, in words."""
+    """Collective. One gradient without an update or a file; what memory it takes, in words."""
     batch_global = session.policy.decide(session.clock.samples)
     batch = session.loader.next(batch_global, session.clock.samples_left)
     for inputs, targets in batch.micro_batches:

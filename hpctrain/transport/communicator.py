@@ -189,8 +189,10 @@ class DenseReducer(Protocol):
     algorithm: str
     """What moves the bytes, as far as the library tells: e.g. "ring >= 1 MiB (Open MPI tuned)"."""
 
-    current: int
-    """The bucket that is being waited for, -1 when none; the watchdog's thread reads it."""
+    @property
+    def current(self) -> int:
+        """The bucket that is being waited for, -1 when none; the watchdog's thread reads it."""
+        ...
 
     def start(self, index: int, bucket: torch.Tensor) -> None:
         """Begin the in-place sum over ranks of a contiguous 1-D tensor. Collective.

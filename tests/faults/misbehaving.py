@@ -49,9 +49,8 @@ class Misbehaving(nn.Module):
         if self.training:
             self.steps += 1
             time.sleep(self._sleep_s)
-            outputs: Tensor = self.trouble(self.body(inputs))
-            return outputs
-        outputs = self.body(inputs)
+            return self.trouble(self.body(inputs))
+        outputs: Tensor = self.body(inputs)
         return outputs
 
     def trouble(self, outputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can go wrong with a job, what happens, and that nothing is lost. docs/operations.md lists it."""
+"""What can go wrong with a job, what happens, and that nothing is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from hpctrain.runs import report
 from tests.faults.conftest import Jobs, lines, losses, wait_for_step
 
-SLOW = '[model]\nkind = "misbehaving:calm"\n[model.args]\nsleep_s = 0.05\n'
+SLOW = '[model]\nkind = "misbehaving:calm"\n[model.args]\nsleep_s = 0.05\njitter_s = 0.005\n'
 
 
 def checkpoints(run: Path) -> list[int]:

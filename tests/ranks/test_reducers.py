@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -15,9 +17,12 @@ from hpctrain.transport.mpi import MpiReducer
 from hpctrain.transport.nccl import NcclReducer
 
 make_gloo = partial(NcclReducer, backend="gloo", timeout_s=60.0)
+needs_horovod = pytest.mark.skipif(
+    importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod"
+)
 MAKES = [
     pytest.param(MpiReducer, id="mpi"),
-    pytest.param(HorovodReducer, id="horovod"),
+    pytest.param(HorovodReducer, id="horovod", marks=needs_horovod),
     pytest.param(make_gloo, id="gloo"),
 ]
 all_sizes = pytest.mark.ranks(1, 2, 3, 4)
@@ -97,6 +102,7 @@ def test_an_error_in_the_thread_surfaces_in_finish(comm: Communicator) -> None:
     reducer.close()
 
 
+@needs_horovod
 @pytest.mark.ranks(2, 3)
 def test_horovod_refuses_a_part_of_the_world(comm: Communicator) -> None:
     part = comm.split(0 if comm.rank < comm.size - 1 else 1)
@@ -105,6 +111,7 @@ def test_horovod_refuses_a_part_of_the_world(comm: Communicator) -> None:
         HorovodReducer(part, names=["a"])
 
 
+@needs_horovod
 @pytest.mark.ranks(2)
 def test_horovod_keeps_the_users_fusion_and_says_so(
     comm: Communicator, monkeypatch: pytest.MonkeyPatch
@@ -113,4 +120,20 @@ def test_horovod_keeps_the_users_fusion_and_says_so(
     reducer = HorovodReducer(comm, names=["a"])
     assert "HOROVOD_FUSION_THRESHOLD=1048576" in reducer.algorithm
     reducers.reduce_step(reducer, [torch.ones(10)])
+    reducer.close()
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_missing_horovod_names_the_remedies(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    monkeypatch.setitem(sys.modules, "horovod.torch", None)
+    with pytest.raises(BackendError, match="make horovod") as caught:
+        HorovodReducer(comm, names=["a"])
+    assert 'exchange.dense_backend = "mpi"' in str(caught.value)
+    reducer = HorovodReducer(comm, names=["a"], wire_dtype="bfloat16")
+    bucket = torch.ones(5)
+    reducers.reduce_step(reducer, [bucket])
+    assert bucket.tolist() == [float(comm.size)] * 5
     reducer.close()

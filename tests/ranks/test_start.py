@@ -77,6 +77,19 @@ FAILURES = {
         70,
         "in thread",
     ),
+    "exception with buckets under way": (
+        "import torch\n"
+        "reducer = mpi.MpiReducer(comm, names=['a', 'b'])\n"
+        "try:\n"
+        "  reducer.start(0, torch.ones(5))\n"
+        "  if comm.rank == 1: raise ValueError('boom')\n"
+        "  reducer.start(1, torch.ones(5))\n"
+        "  reducer.finish()\n"
+        "finally:\n"
+        "  reducer.close()",
+        70,
+        "boom",
+    ),
     "one rank exits": (
         "with mpi.guard().guarded():\n  if comm.rank == 1: sys.exit(75)\n  comm.barrier()",
         75,
