@@ -35,7 +35,8 @@ EPILOG = """Examples:
   hpctrain config > my.toml                             start from the built-in one
 
 Exit codes: 0 complete, 2 usage, 65 data, 69 backend unavailable, 70 internal, 73 cannot write,
-75 stopped early with a good checkpoint (run again with --resume auto), 78 configuration, 128+n signal.
+75 stopped early with a good checkpoint (run again with --resume auto), 78 configuration,
+128+n signal.
 """
 
 Config = Annotated[

@@ -90,17 +90,6 @@ def timed(ledger: Ledger) -> Iterator[None]:
         ledger.seconds += time.perf_counter() - started_s
 
 
-class Done:
-    """A handle of something that is complete already."""
-
-    def test(self) -> bool:
-        """True. Local."""
-        return True
-
-    def wait(self) -> None:
-        """Return at once. Local."""
-
-
 class SharedVerbs(ABC):
     """Broadcasts over point-to-point messages, and the node and cross communicators.
 
