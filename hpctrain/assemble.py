@@ -5,9 +5,7 @@ In order of dependency: folder, device, data, model, exchange, record.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,12 +26,11 @@ from hpctrain.exchange.dense import DenseExchange, buckets_of
 from hpctrain.hardware import choose_device, choose_threads, make_reducer
 from hpctrain.journal import Journal
 from hpctrain.models.flat import FlatModel
+from hpctrain.place import Place, claimed
 from hpctrain.randomness import RandomState
-from hpctrain.runs import environment, manifest, restore
+from hpctrain.runs import environment, restore
 from hpctrain.runs.checkpoint import Checkpointer
 from hpctrain.runs.console import choose_display, find_terminal, make_console
-from hpctrain.runs.folder import RunFolder, choose
-from hpctrain.runs.logs import logging_to
 from hpctrain.runs.progress import Progress, batch_equation
 from hpctrain.runs.record import Recorder
 from hpctrain.runs.signals import StopRequest
@@ -71,37 +68,6 @@ class World:
     """Ends all ranks with an exit code."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """The run folder of this start, and the checkpoint it continues from. Equal on all ranks."""
-
-    folder: RunFolder
-    note: str
-    checkpoint: manifest.Found | None
-
-    def to_bytes(self) -> bytes:
-        """For the broadcast from rank 0. Local."""
-        found = self.checkpoint
-        content = {
-            "folder": self.folder.to_bytes().decode(),
-            "note": self.note,
-            "checkpoint": found and [str(found.path), found.step, found.size],
-            "refused": [[r.name, r.reason] for r in found.refused] if found else [],
-        }
-        return json.dumps(content).encode()
-
-    @classmethod
-    def from_bytes(cls, payload: bytes) -> Place:
-        """The inverse of `to_bytes`. Local."""
-        content = json.loads(payload)
-        found = None
-        if content["checkpoint"]:
-            path, step, size = content["checkpoint"]
-            refused = tuple(manifest.Refusal(*refusal) for refusal in content["refused"])
-            found = manifest.Found(Path(path), step, size, refused)
-        return cls(RunFolder.from_bytes(content["folder"].encode()), content["note"], found)
-
-
 @contextmanager
 def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Session]:
     """Collective. Everything a run needs, ready for its first or next step.
@@ -113,7 +79,9 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
     """
     run, comm = loaded.run, world.comm
     with ExitStack() as local:
-        place = None if options.dry_run else claim_folder(run, comm, options, local)
+        place = None
+        if not options.dry_run:
+            place = local.enter_context(claimed(run.name, options.out, options.resume, comm))
         stop_file = place.folder.stop_file if place and comm.rank == 0 else None
         stop = local.enter_context(StopRequest(options.walltime_s, stop_file))
         device = choose_device(run.train.device, comm)
@@ -179,30 +147,6 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         session.exchange.close()
         session.loader.close()
         data.close()
-
-
-def claim_folder(run: Run, comm: Communicator, options: Options, local: ExitStack) -> Place:
-    """Collective. Rank 0 chooses run folder and newest good checkpoint; all open their logs.
-
-    Raises:
-        UsageError: the folder does not fit --resume.
-        WriteError: the folder cannot be written.
-        DataError: it has checkpoints, and none of them is good.
-    """
-    payload = None
-    if comm.rank == 0:
-        choice = choose(run.name, options.out, options.resume)
-        local.callback(_remove_unused, choice.folder.path)
-        found = None
-        if choice.resumes:
-            manifest.clean(choice.folder.checkpoints)
-            found = manifest.latest(choice.folder.checkpoints)
-        payload = Place(choice.folder, choice.note, found).to_bytes()
-    place = Place.from_bytes(comm.broadcast_bytes(payload, root=0))
-    log_file = place.folder.log(comm.rank)
-    attempt = place.folder.attempt
-    local.enter_context(logging_to(log_file, rank=comm.rank, size=comm.size, attempt=attempt))
-    return place
 
 
 def build_model(
@@ -297,9 +241,3 @@ def _duplicate(comm: Communicator) -> Communicator:
     duplicate = comm.split(0, comm.rank)
     assert duplicate is not None
     return duplicate
-
-
-def _remove_unused(path: Path) -> None:
-    # A start that failed before its first file of substance leaves no empty run behind.
-    if {entry.name for entry in path.iterdir()} <= {"logs"}:
-        shutil.rmtree(path)

@@ -136,7 +136,7 @@ def match_mpi4py(site: mpi_site.SiteMpi | None, commands: Commands) -> None:
     wanted = mpi_site.version_of_compiler(mpicxx, commands.env)
     if mpi_site.version_of_mpi4py(BIN / "python", commands.env) == wanted:
         return
-    say(f"setup: compiling mpi4py for {wanted}")
+    say(f"setup: compiling mpi4py for {wanted}; takes a few minutes")
     pinned = next(
         line.split(";")[0].strip()
         for line in (LOCK / "dev.txt").read_text().splitlines()
@@ -196,7 +196,16 @@ def run_stages(site: mpi_site.SiteMpi | None, keys: dict[str, str], locks: list[
         say(f"setup: Horovod ({clock})")
         if commands.talk([BIN / "python", TOOLS / "build_horovod.py"]) != 0:
             raise SetupError("Horovod could not be built or installed; see above.")
-        prove = [TOOLS / "launch", "2", "--", BIN / "python", "-W", "ignore", "-c", PROVE]
+        prove: list[str | Path] = [
+            TOOLS / "launch",
+            "2",
+            "--",
+            BIN / "python",
+            "-W",
+            "ignore",
+            "-c",
+            PROVE,
+        ]
         commands.run("a run of two ranks", prove, limit_s=120)
         stamps.put("horovod", keys["horovod"])
 

@@ -84,11 +84,7 @@ class Loader:
                 self._discard()
                 self._ahead.append((step, self._thread.submit(self._make, step)))
             self._predict(batch_global, samples_left)
-            try:
-                batch = self._ahead.popleft()[1].result()
-            except BaseException:
-                self._discard()
-                raise
+            batch = self._ahead.popleft()[1].result()
         self._order.position = step.after
         return batch if self._device is None else self._to_device(batch)
 

@@ -83,15 +83,18 @@ def choose(library: str, environ: Mapping[str, str], configuration: Iterable[Pat
     title = f"Open MPI {version[1]}.{version[2]}"
     if int(version[1]) not in (4, 5):
         return Choice({}, {}, f"library default ({title})")
+    # hpctrain's windows live in shared memory; where UCX does not work, Open MPI 5 prints an error
+    # for each of them although nothing is wrong.
+    quiet = {"OMPI_MCA_osc": "^ucx"} if version[1] == "5" and "OMPI_MCA_osc" not in environ else {}
     set_by_site = sorted(name for name in environ if name.startswith("OMPI_MCA_coll"))
     if set_by_site:
         shown = ", ".join(f"{name}={environ[name]}" for name in set_by_site)
-        return Choice({}, {}, f"as the site set it ({title}: {shown})")
+        return Choice({}, quiet, f"as the site set it ({title}: {shown})")
     for path in configuration:
         if line := _collective_line(path):
-            return Choice({}, {}, f"as the site set it ({title}: {line} in {path})")
+            return Choice({}, quiet, f"as the site set it ({title}: {line} in {path})")
     files = {"OMPI_MCA_coll_tuned_dynamic_rules_filename": tuned_rules()}
-    variables = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"}
+    variables = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"} | quiet
     if version[1] == "5":
         files["OMPI_MCA_coll_han_dynamic_rules_filename"] = han_rules()
         variables["OMPI_MCA_coll_han_use_dynamic_file_rules"] = "1"

@@ -48,7 +48,7 @@ def test_open_mpi_gets_rules() -> None:
 def test_the_sites_environment_wins(name: str) -> None:
     choice = choose(OPEN_MPI_5, {name: "3"}, [])
     assert not choice.files
-    assert not choice.variables
+    assert not any("coll" in name for name in choice.variables)
     assert f"as the site set it (Open MPI 5.0: {name}=3)" in choice.report
 
 

@@ -98,6 +98,7 @@ def test_shards_every_sample_once_and_each_rank_its_own(n, size, batches, seed, 
     while ranks[0].position.epoch == 0:
         slices = step(ranks, batches[number % len(batches)])
         number += 1
+        assert slices[0].starts_epoch == (not taken)
         for rank, part in enumerate(slices):
             assert set(part.indices.tolist()) <= set(shards[rank].tolist())
         taken += joined(slices)
@@ -126,6 +127,15 @@ def test_ranks_with_equal_shards_take_equal_shares():
     ranks = orders(48, 4, shards=shards)
     assert [[len(s.indices) for s in step(ranks, 16)] for _ in range(3)] == [[4, 4, 4, 4]] * 3
     assert ranks[0].position == Position(1, 0)
+
+
+def test_a_rank_shuffles_its_shard_afresh_each_epoch_and_unlike_the_others():
+    shards = [np.arange(0, 100, 2, dtype=np.uint32), np.arange(1, 100, 2, dtype=np.uint32)]
+    ranks = orders(100, 2, shards=shards)
+    first, second = ([s.indices // 2 for s in step(ranks, 100)] for _ in range(2))
+    orders_seen = [order.tolist() for order in (*first, *second)]
+    assert len({tuple(order) for order in orders_seen}) == 4
+    assert list(range(50)) not in orders_seen
 
 
 def test_a_used_up_shard_shrinks_the_batch_and_is_counted():
@@ -182,3 +192,11 @@ def test_impossible_requests():
         SampleOrder(5, 0, 0, 1).next(0)
     with pytest.raises(ConfigError, match="samples left = 0"):
         SampleOrder(5, 0, 0, 1).next(3, 0)
+
+
+def test_an_epoch_starts_with_the_first_rank_that_has_samples():
+    shards = [np.arange(0, dtype=np.uint32), np.arange(3, dtype=np.uint32)]
+    ranks = orders(3, 2, shards=shards)
+    slices = [step(ranks, 1) for _ in range(3)]
+    assert [s[0].starts_epoch for s in slices] == [True, False, False]
+    assert [len(s[1].indices) for s in slices] == [1, 1, 1]
