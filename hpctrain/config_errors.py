@@ -12,6 +12,8 @@ from hpctrain.toml_text import toml_value
 
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
+CUSTOM = "package.module:function"
+"""How a `kind` of a user's own is written."""
 
 
 def explain(
@@ -42,6 +44,17 @@ def explain(
         case "literal_error":
             expected = str(error["ctx"]["expected"]).replace(" or ", ", ").replace("'", "")
             return f"{origin}: {dotted} = {toml_value(given)}{nearest(given, expected.split(', '))}"
+        case "union_tag_not_found" | "model_type" if not isinstance(given, Mapping):
+            return f"{origin}: {dotted} = {toml_value(given)}: must be a table, [{dotted}]"
+        case "union_tag_not_found":
+            fields = [m.model_fields["kind"] for m in _models(root.model_fields[dotted].annotation)]
+            kinds = [CUSTOM if field.is_required() else str(field.default) for field in fields]
+            return f"{origin}: {dotted}.kind is missing (allowed: {', '.join(kinds)})"
+        case "union_tag_invalid":
+            tags = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
+            return f"{origin}: {dotted}.kind = {toml_value(given['kind'])}" + nearest(
+                given["kind"], tags
+            )
         case "value_error" if isinstance(given, dict | BaseModel):
             return f"{origin}: {f'[{dotted}] ' if dotted else ''}{message}"
     rule = message.replace("Input should", "must", 1)

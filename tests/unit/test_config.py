@@ -126,9 +126,19 @@ def test_unknown_key_inside_a_chosen_kind_lists_that_kind(write):
 
 
 def test_unknown_kind_lists_the_members(write):
-    message = error_of(write(MINIMAL.replace('"mlp"', '"transformer"')))
+    message = error_of(write(MINIMAL.replace('"mlp"', '"resnet2"')))
+    assert "\n" not in message
+    assert 'model.kind = "resnet2"; did you mean "resnet20"?' in message
     for member in ("logistic", "mlp", "cnn", "resnet20", "gpt"):
         assert member in message
+
+
+def test_a_missing_kind_and_a_value_for_a_table_are_told(write):
+    assert "model.kind is missing (allowed: logistic, mlp" in error_of(
+        write(MINIMAL.replace('kind = "mlp"', "widths = [3]"))
+    )
+    assert "model = 3: must be a table" in error_of(write(MINIMAL), "model=3")
+    assert "train = 3: must be a table" in error_of(write(MINIMAL), "train=3")
 
 
 def test_two_lengths_are_refused(write):
