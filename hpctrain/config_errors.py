@@ -47,8 +47,7 @@ def explain(
         case "union_tag_not_found" | "model_type" if not isinstance(given, Mapping):
             return f"{origin}: {dotted} = {toml_value(given)}: must be a table, [{dotted}]"
         case "union_tag_not_found":
-            fields = [m.model_fields["kind"] for m in _models(root.model_fields[dotted].annotation)]
-            kinds = [CUSTOM if field.is_required() else str(field.default) for field in fields]
+            kinds = [_tag(model) for model in _models(root.model_fields[dotted].annotation)]
             return f"{origin}: {dotted}.kind is missing (allowed: {', '.join(kinds)})"
         case "union_tag_invalid":
             tags = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
@@ -73,33 +72,30 @@ def locate(
 ) -> tuple[KeyPath, type[BaseModel] | None]:
     """The key path of a pydantic location, without union tags, and the model that owns its key."""
     owner: type[BaseModel] | None = root
+    tags: list[str] = []
     node: Any = tree
     path: list[str | int] = []
     for position, part in enumerate(loc):
-        last = position == len(loc) - 1
-        if not last and isinstance(node, Mapping) and node.get("kind") == part and part not in node:
+        if part in tags and not (isinstance(node, Mapping) and part in node):
             continue  # a union tag, already used to choose `owner`
         path.append(part)
         node = node.get(part) if isinstance(node, Mapping) else None
-        if not last and owner is not None and part in owner.model_fields:
+        if position < len(loc) - 1 and owner is not None and part in owner.model_fields:
+            models = list(_models(owner.model_fields[str(part)].annotation))
+            tags = [_tag(model) for model in models]
             kind = node.get("kind") if isinstance(node, Mapping) else None
-            owner = _model_of(owner.model_fields[str(part)].annotation, kind)
+            tag = CUSTOM if isinstance(kind, str) and ":" in kind else kind
+            chosen = [m for m in models if _tag(m) == tag] or models[:1]
+            owner = chosen[0] if chosen else None
     return tuple(path), owner
 
 
-def _model_of(annotation: Any, kind: object) -> type[BaseModel] | None:
-    """The model behind an annotation: of a union, the member of this `kind`."""
-    models = list(_models(annotation))
-    for model in models:
-        field = model.model_fields.get("kind")
-        if field is not None and field.default == kind:
-            return model
-    custom = [
-        m for m in models if "kind" in m.model_fields and m.model_fields["kind"].is_required()
-    ]
-    if isinstance(kind, str) and ":" in kind and custom:
-        return custom[0]
-    return models[0] if len(models) == 1 else None
+def _tag(model: type[BaseModel]) -> str:
+    """What stands for a member of a union in pydantic's locations."""
+    field = model.model_fields.get("kind")
+    if field is None:
+        return ""
+    return CUSTOM if field.is_required() else str(field.default)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -66,9 +66,7 @@ class Attached:
         count = np.array([self._samples if self._weighted else 1], dtype=np.int64)
         self._comm.allreduce(count)
         self.flat.grads_P.div_(int(count[0]))
-        for parameter in self.flat.parameters:
-            if not self.flat.owns_gradient(parameter):
-                self.flat.restore_gradient(parameter)
+        self.flat.attach_gradients()
         self._optimizer.step()
         self.flat.zero_grad()
         self._samples, self._weighted = 0, False

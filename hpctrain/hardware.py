@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
+import numpy as np
 import torch
 
 from hpctrain.errors import BackendError
@@ -13,25 +15,34 @@ from hpctrain.transport.threads import ThreadCommunicator, ThreadReducer
 from hpctrain.transport.wire import WireDtype
 
 
-def choose_device(wanted: str, comm: Communicator) -> torch.device:
-    """Collective over the node. The CPU, or this rank's own GPU.
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], comm: Communicator) -> torch.device:
+    """Collective. The CPU, or this rank's own GPU; the same kind on all ranks.
+
+    "auto" takes the GPUs wherever there are any: a node with too few of them is an error and not a
+    reason to train on its processor.
 
     Raises:
-        BackendError: cuda was asked for and the node has fewer GPUs than ranks.
+        BackendError: a node has fewer GPUs than ranks, or only some nodes have GPUs.
     """
+    if wanted == "cpu":
+        return torch.device("cpu")
     node = comm.node()
-    n_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-    visible_one = n_gpus == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()
-    enough = n_gpus >= node.size or visible_one
-    if wanted == "cuda" and not enough:
+    n_gpus = torch.cuda.device_count()
+    # The launcher or scheduler may show each rank its own GPU only.
+    one_each = n_gpus == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()
+    enough = one_each or n_gpus >= node.size
+    nodes = np.array([n_gpus > 0, n_gpus == 0], dtype=np.int32)
+    comm.allreduce(nodes, "max")
+    some_have, some_lack = nodes.tolist()
+    if wanted == "auto" and not some_have:
+        return torch.device("cpu")
+    if some_lack or not enough:
         raise BackendError(
-            f'train.device = "cuda" needs a GPU for each of the {node.size} rank(s) on '
-            f"{comm.topology.hosts[comm.rank]}, which shows {n_gpus}; start fewer ranks per node, "
+            f'train.device = "{wanted}" needs a GPU for each of the {node.size} rank(s) on every '
+            f"node; {comm.topology.hosts[comm.rank]} shows {n_gpus}. Start fewer ranks per node, "
             'ask the scheduler for more GPUs, or set train.device = "cpu"'
         )
-    if wanted == "cpu" or not enough or n_gpus == 0:
-        return torch.device("cpu")
-    device = torch.device("cuda", 0 if visible_one else node.rank)
+    device = torch.device("cuda", 0 if one_each else node.rank)
     torch.cuda.set_device(device)
     return device
 

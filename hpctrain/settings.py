@@ -19,7 +19,7 @@ class Train(Table):
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps to take."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where the node has a GPU for each of its ranks, else the CPU."""
+    """auto takes the GPUs, one per rank, where there are any, else the CPU."""
     dtype: Literal["float32", "float64"] = "float32"
     """Format of parameters, gradients and optimiser state."""
     autocast: Literal["off", "bfloat16"] = "off"

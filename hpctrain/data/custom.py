@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from hpctrain.data.source import Source, at_most
 from hpctrain.data.spec import DataSets, Spec, Task
 from hpctrain.errors import ConfigError, DataError
 from hpctrain.transport.communicator import Communicator
+from hpctrain.user_code import PATTERN, load_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class CustomData(Source):
     should be memory-mapped by the function: what it holds privately exists once per rank.
     """
 
-    kind: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    kind: Annotated[str, Field(pattern=PATTERN)]
     """Where the function is: a module that Python can import, a colon, the function's name."""
     args: dict[str, Any] = {}
     """Keyword arguments for the function."""
@@ -71,21 +71,7 @@ class CustomData(Source):
         return DataSets(splits[0], splits[1], spec)
 
     def _call(self) -> tuple[Any, Any]:
-        module_name, _, function_name = self.kind.partition(":")
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except (ModuleNotFoundError, AttributeError) as error:
-            raise ConfigError(
-                f'data.kind = "{self.kind}": {error}. Python must find the module on every rank: '
-                "install it or set PYTHONPATH; the function must be defined in it."
-            ) from error
-        try:
-            made = function(**self.args)
-        except TypeError as error:
-            raise ConfigError(
-                f'data.kind = "{self.kind}" was called with (**{self.args}): {error}. '
-                "[data.args] must match the function's keyword arguments."
-            ) from error
+        made = load_function("data", self.kind, **self.args)(**self.args)
         pair = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         for dataset in pair[: 2 if isinstance(made, tuple) else 1]:
             if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,6 +10,7 @@ from torch import nn
 from hpctrain.data.spec import Spec
 from hpctrain.errors import ConfigError
 from hpctrain.table import Table
+from hpctrain.user_code import PATTERN, load_function
 
 
 class CustomModel(Table):
@@ -22,7 +21,7 @@ class CustomModel(Table):
     method `per_sample_loss(inputs, targets)` decides its own loss (see `models/loss.py`).
     """
 
-    kind: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    kind: Annotated[str, Field(pattern=PATTERN)]
     """Where the function is: a module that Python can import, a colon, the function's name."""
     args: dict[str, Any] = {}
     """Keyword arguments for the function."""
@@ -34,29 +33,7 @@ class CustomModel(Table):
             ConfigError: the module or function is missing, the arguments do not fit, or what it
                 returned is not a module.
         """
-        module_name, _, function_name = self.kind.partition(":")
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f'model.kind = "{self.kind}": {error}. '
-                "Python must find the module on every rank: install it or set PYTHONPATH."
-            ) from error
-        except AttributeError as error:
-            raise ConfigError(
-                f'model.kind = "{self.kind}": {error}. Write "package.module:function" with a '
-                "function that the module defines."
-            ) from error
-        if not callable(function):
-            raise ConfigError(f'model.kind = "{self.kind}" is {function!r}, not a function.')
-        try:
-            inspect.signature(function).bind(spec, **self.args)
-        except TypeError as error:
-            raise ConfigError(
-                f'model.kind = "{self.kind}" is called with (spec, **{self.args}): {error}. '
-                "[model.args] must match the function's keyword arguments."
-            ) from error
-        module = function(spec, **self.args)
+        module = load_function("model", self.kind, spec, **self.args)(spec, **self.args)
         if not isinstance(module, nn.Module):
             raise ConfigError(
                 f'model.kind = "{self.kind}" returned {type(module).__name__}; '

@@ -103,10 +103,6 @@ class FlatModel:
         persistent = self.module.state_dict(keep_vars=True)
         return {name: b for name, b in self.module.named_buffers() if name in persistent}
 
-    def restore_gradient(self, parameter: nn.Parameter) -> None:
-        """Make the parameter's part of `grads_P`, as it is, its `.grad` again. Local."""
-        parameter.grad = self._grad_views[parameter]
-
     def broadcast(self, comm: Communicator, root: int = 0) -> None:
         """Overwrite every parameter and buffer with those of rank `root`. Collective."""
         frozen = [p.detach() for p in self.module.parameters() if not p.requires_grad]

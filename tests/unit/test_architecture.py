@@ -26,10 +26,10 @@ LAYERS = [
     {"api", "drop_in"},
     {"train", "assemble"},
     {"session"},
-    {"config", "journal", "hardware"},
+    {"config", "journal", "hardware", "place"},
     {"exchange", "batch", "runs"},
     {"data", "models", "optimiser", "clock", "control", "randomness", "config_errors"},
-    {"transport", "settings", "toml_text"},
+    {"transport", "settings", "toml_text", "user_code"},
     {"errors", "state", "table"},
 ]
 """Top to bottom. A room (folder) or module imports from lower lines only, and from itself."""

@@ -125,6 +125,14 @@ def test_unknown_key_inside_a_chosen_kind_lists_that_kind(write):
     assert "widths" in message
 
 
+def test_union_tags_do_not_show_in_keys(write):
+    path = write(MINIMAL)
+    assert ": [optimiser] nesterov" in error_of(path, "optimiser.nesterov=true")
+    assert ": [model] " in error_of(path, "model={kind = 'gpt', n_head = 3, d_model = 8}")
+    custom = "model={kind = 'a.b:c', args = 3}"
+    assert "model.args = 3: must be" in error_of(path, custom)
+
+
 def test_unknown_kind_lists_the_members(write):
     message = error_of(write(MINIMAL.replace('"mlp"', '"resnet2"')))
     assert "\n" not in message
