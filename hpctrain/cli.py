@@ -41,7 +41,7 @@ Exit codes: 0 complete, 2 usage, 65 data, 69 backend unavailable, 70 internal, 7
 
 Config = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG.toml]", help="Default: the built-in digits run."),
+    typer.Argument(metavar="CONFIG.toml", help="Default: the built-in digits run."),
 ]
 Set = Annotated[
     list[str] | None,
