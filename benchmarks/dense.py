@@ -109,6 +109,8 @@ def start_job(name: str, args: argparse.Namespace, folder: Path) -> Job:
             f"batch.batch_global={args.batch}",
             "train.epochs=1000",
             "lr.base=0.05",
+            "optimiser.nesterov=false",
+            "optimiser.weight_decay=0",
             "evaluate.every_epochs=0",
             *args.set,
         ]

@@ -1,7 +1,8 @@
 """From TOML to a validated `Run`, with the origin of every value and errors that name the place.
 
 Layers, later ones winning: defaults < base < file < --set. A layer that changes a table's `kind`
-replaces that table of the layers below, because their keys belong to another method.
+replaces that table of the layers below, because their keys belong to another method; a layer that
+gives one of several alternative keys (`ALTERNATIVES`) takes the others away.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ else:
 
 EMBEDDED = "digits.toml"
 """The packaged configuration of a run without a CONFIG argument."""
+
+
+ALTERNATIVES: dict[KeyPath, tuple[str, ...]] = {
+    ("train",): ("epochs", "samples", "steps"),
+    ("lr",): ("warmup_epochs", "warmup_samples"),
+}
+"""Keys of a table of which a run has one."""
 
 
 class Run(Table):
@@ -225,6 +233,11 @@ def _parse(text: str, label: str) -> Tree:
 
 
 def _merge(tree: Tree, layer: Tree, at: KeyPath, name: str, origins: dict[KeyPath, str]) -> None:
+    alternatives = ALTERNATIVES.get(at, ())
+    if any(key in layer for key in alternatives):
+        for key in alternatives:
+            tree.pop(key, None)
+            origins.pop((*at, key), None)
     for key, value in layer.items():
         path = (*at, key)
         old = tree.get(key)

@@ -63,9 +63,11 @@ class Attached:
         `loss.backward()` itself (each rank then counts the same, as in Horovod and DDP).
         """
         self._exchange.finish()
-        count = np.array([self._samples if self._weighted else 1], dtype=np.int64)
+        # A rank without samples in this step says neither; the others decide.
+        count = np.array([self._samples, self._weighted], dtype=np.int64)
         self._comm.allreduce(count)
-        self.flat.grads_P.div_(int(count[0]))
+        samples, weighted = count.tolist()
+        self.flat.grads_P.div_(samples if weighted else self.size)
         self.flat.attach_gradients()
         self._optimizer.step()
         self.flat.zero_grad()

@@ -21,6 +21,13 @@ settings.register_profile("hpctrain", derandomize=True, deadline=None, database=
 settings.load_profile("hpctrain")
 
 
+def pytest_configure() -> None:
+    # Fixtures that started jobs then end them also when the test run itself is told to end.
+    # (Under mpirun the launcher ends the ranks, and tests of signals set handlers of their own.)
+    if not any(name.startswith(LAUNCHER_VARIABLES) for name in os.environ):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real data sets: $HPCTRAIN_DATA, else ../shared/data beside the repository.

@@ -35,6 +35,7 @@ from steps import (
 VENV = ROOT / ".venv"
 BIN = VENV / "bin"
 LOCK = TOOLS / "lock"
+STAMPS = "hpctrain-setup.json"
 HOROVOD_SOURCES = [TOOLS / "build_horovod.py", LOCK / "horovod-build.txt"]
 PROVE = """
 import os
@@ -54,7 +55,7 @@ class Stamps:
     """What is finished in .venv: stage -> hash of its inputs, written after each stage."""
 
     def __init__(self) -> None:
-        self._path = VENV / "hpctrain-setup.json"
+        self._path = VENV / STAMPS
         try:
             self.done: dict[str, str] = json.loads(self._path.read_text())
         except (OSError, ValueError):
@@ -110,19 +111,34 @@ def intact(stamps: Stamps, keys: dict[str, str]) -> bool:
 
 
 def make_environment(commands: Commands) -> None:
-    """An empty virtual environment; what was there is removed first."""
+    """An empty virtual environment; what an earlier set-up made there is removed first.
+
+    Raises:
+        SetupError: this Python cannot make one, or somebody else made what is there.
+    """
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
         raise SetupError(
             f"{base_python()} cannot make virtual environments (no module venv or ensurepip): on\n"
             "Debian and Ubuntu install the package python3-venv; or use another Python:\n"
             "make setup PYTHON=/path/to/python3"
         )
-    if VENV.is_symlink():
-        VENV.unlink()
     if VENV.exists():
-        old = VENV.with_name(f".venv.old-{os.getpid()}")
-        os.replace(VENV, old)
-        shutil.rmtree(old, ignore_errors=True)
+        content = [path for path in VENV.iterdir() if path.name != STAMPS]
+        if content and not (VENV / STAMPS).exists():
+            raise SetupError(
+                f"{VENV} exists and was not made by this set-up, which would remove it: rename it\n"
+                "(mv .venv my-environment; its scripts need a new `pip install`), or remove it."
+            )
+        if VENV.is_symlink():  # to a disk with more room, say: the link stays
+            for path in content:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        else:
+            old = VENV.with_name(f".venv.old-{os.getpid()}")
+            os.replace(VENV, old)
+            shutil.rmtree(old, ignore_errors=True)
+    # The stamps come first: what holds them may be removed by the next set-up.
+    VENV.mkdir(exist_ok=True)
+    Stamps().put("changing", "yes")
     commands.run("making .venv", [base_python(), "-m", "venv", VENV])
 
 
@@ -174,6 +190,7 @@ def run_stages(site: mpi_site.SiteMpi | None, keys: dict[str, str], locks: list[
         say(f"setup: environment {VENV} with {base_python()}")
         make_environment(commands)
         stamps = Stamps()
+        stamps.put("changing", None)
         stamps.put("environment", keys["environment"])
 
     if stamps.done.get("torch") != keys["torch"]:

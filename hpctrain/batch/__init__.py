@@ -5,7 +5,6 @@ A policy's config is a frozen table; `build()` gives the running policy, which h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from hpctrain.batch.fixed import Fixed
@@ -13,16 +12,6 @@ from hpctrain.state import Stateful
 
 BatchConfig = Fixed
 """The table [batch]."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the next step uses, equal on all ranks; the record holds it, so runs replay."""
-
-    batch_global: int
-    """Samples over all ranks."""
-    lr: float
-    """Step size."""
 
 
 class BatchPolicy(Stateful, Protocol):
@@ -33,4 +22,4 @@ class BatchPolicy(Stateful, Protocol):
         ...
 
 
-__all__ = ["BatchConfig", "BatchPolicy", "Decision", "Fixed"]
+__all__ = ["BatchConfig", "BatchPolicy", "Fixed"]

@@ -16,8 +16,6 @@ class Exchange(Protocol):
 
     gives: Literal["gradient", "update"]
     """What `finish` leaves in the flat gradient: the sum over ranks, or a finished update."""
-    exposed_s: float
-    """Seconds the last `finish` made the step wait: what overlap with backward did not hide."""
 
     def arm(self) -> None:
         """Say that the next backward pass is the step's last. Local."""

@@ -15,7 +15,6 @@ differences: buckets are never rebuilt, and they start in index order.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -57,7 +56,6 @@ class DenseExchange:
     def __init__(
         self, flat: FlatModel, buckets: list[Bucket], reducer: DenseReducer | None
     ) -> None:
-        self.exposed_s = 0.0
         self._flat = flat
         self._reducer = reducer
         self._buckets = buckets
@@ -85,14 +83,12 @@ class DenseExchange:
 
     def finish(self) -> None:
         """Collective. Wait for the sum; start buckets that backward did not complete."""
-        began = time.perf_counter()
         if not self._armed:
             self.arm()
         self._armed = False
         self._start_through(len(self._buckets))
         if self._reducer is not None:
             self._reducer.finish()
-        self.exposed_s = time.perf_counter() - began
 
     def close(self) -> None:
         """Collective. Remove the hooks and end the reducer's threads."""

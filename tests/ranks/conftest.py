@@ -43,7 +43,7 @@ STAGGER_S = 0.2
 EXIT_FAILED = 1
 EXIT_DEADLOCK = 99
 DUMP_SIGNAL = signal.SIGRTMIN + 8
-PASSED, SKIPPED, FAILED = range(3)
+PASSED, SKIPPED, FAILED, COLLECTED, ENDED = range(5)
 
 HERE = Path(__file__).resolve().parent
 RUNNER = pytest.StashKey["Runner"]()
@@ -143,12 +143,15 @@ class Runner:
             sections = "".join(f"\n-- {title}\n{text}" for title, text in failed.sections)
             self.say(f"{nodeid} failed in {failed.when}\n{failed.longreprtext}{sections}")
         codes = self.meet(outcome, grace_s if failed else float("inf"))
-        if None in codes:
-            absent = [rank for rank, code in enumerate(codes) if code is None]
+        absent = [rank for rank, code in enumerate(codes) if code not in (PASSED, SKIPPED, FAILED)]
+        if absent:
             known = [rank for rank, code in enumerate(codes) if code == FAILED]
+            if not known:
+                why = f"{nodeid}: rank(s) {absent} left the tests (an internal error?)"
+                self.end_all(f"{why}; all ranks end", EXIT_DEADLOCK)
             self.end_all(
-                f"{nodeid}: failed on rank(s) {known}; rank(s) {absent} still inside it after "
-                f"{grace_s:g} s. Their stacks follow, then all ranks end.",
+                f"{nodeid}: failed on rank(s) {known}; rank(s) {absent} did not come out of it "
+                f"within {grace_s:g} s. Their stacks follow, then all ranks end.",
                 EXIT_FAILED,
             )
         if set(codes) in ({PASSED}, {SKIPPED}):
@@ -199,7 +202,7 @@ class Runner:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Collective. A rank that could not collect, or collected otherwise, fails all."""
-        self.come("to the end of collection")
+        self.come("to the end of collection", COLLECTED)
         mine = (self.collection_errors, [item.nodeid for item in session.items])
         found = self.control.allgather(mine)
         for rank, (errors, nodeids) in enumerate(found):
@@ -236,15 +239,15 @@ class Runner:
         """Collective. One exit code; no test for this launch size is no failure."""
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.unselected:
             session.exitstatus = exitstatus = pytest.ExitCode.OK
-        self.come("to the end of the session")
+        self.come("to the end of the session", ENDED)
         session.exitstatus = max(self.control.allgather(int(exitstatus)))
 
-    def come(self, where: str) -> None:
-        """Collective. Wait for all ranks; end them if one does not come."""
-        codes = self.meet(PASSED, START_S)
-        if None in codes:
-            absent = [rank for rank, code in enumerate(codes) if code is None]
-            why = f"rank(s) {absent} did not come {where} within {START_S:g} s; all ranks end"
+    def come(self, where: str, code: int) -> None:
+        """Collective. Wait for all ranks here; end them if one does not come or is elsewhere."""
+        codes = self.meet(code, START_S)
+        absent = [rank for rank, found in enumerate(codes) if found != code]
+        if absent:
+            why = f"rank(s) {absent} did not come {where} (an internal error?); all ranks end"
             self.end_all(why, EXIT_DEADLOCK)
 
 
@@ -271,6 +274,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # pytest and its plugins then leave reports and caches to another process: rank 0.
         config.workerinput = {"workerid": f"rank{runner.rank}"}
         config.pluginmanager.unregister(name="terminalreporter")
+    elif reporter := config.pluginmanager.getplugin("terminalreporter"):
+        # Under mpirun its stream looks like a terminal even when it goes to a file.
+        reporter.isatty = type(reporter.isatty)(False)
     config.pluginmanager.register(runner, "ranks-runner")
 
 

@@ -149,8 +149,11 @@ def test_a_missing_kind_and_a_value_for_a_table_are_told(write):
     assert "train = 3: must be a table" in error_of(write(MINIMAL), "train=3")
 
 
-def test_two_lengths_are_refused(write):
-    assert "exactly one of epochs, samples, steps" in error_of(write(MINIMAL), "train.steps=3")
+def test_two_lengths_in_one_layer_are_refused_and_a_later_layer_replaces_the_length(write):
+    path = write(MINIMAL.replace("epochs = 1", "epochs = 1\nsteps = 3"))
+    assert "exactly one of epochs, samples, steps" in error_of(path)
+    train = load(write(MINIMAL), ["train.steps=3"]).run.train
+    assert (train.epochs, train.steps) == (None, 3)
 
 
 def test_impossible_combinations_are_refused(write):

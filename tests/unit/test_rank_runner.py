@@ -92,7 +92,7 @@ def test_barrier():
 """)
     assert done.returncode == 1
     assert "[rank 1] E           RuntimeError: never came" in done.stderr
-    assert "failed on rank(s) [1]; rank(s) [0] still inside it after 1 s" in done.stderr
+    assert "failed on rank(s) [1]; rank(s) [0] did not come out of it within 1 s" in done.stderr
     assert "stacks of rank 0" in done.stderr
     assert "in test_barrier" in done.stderr
     assert time.monotonic() - started < 30
@@ -192,6 +192,20 @@ def test_three():
     assert "1 passed, 1 deselected" in done.stdout
     done = run_tests("", ranks=2)
     assert done.returncode == 5  # a folder without any test is not taken for a success
+
+
+def test_internal_error_on_one_rank_ends_all(run_tests, tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "conftest.py").write_text(
+        f"""{HEAD}
+def pytest_collection_modifyitems():
+    assert world.rank == 0, "a broken plugin"
+"""
+    )
+    (tmp_path / "inner" / "test_inner.py").write_text("def test_it(): pass")
+    done = run_tests("def test_sample(): pass")
+    assert done.returncode == 99
+    assert "(an internal error?); all ranks end" in done.stderr
 
 
 def test_leaving_the_session_on_one_rank_ends_all(run_tests):
