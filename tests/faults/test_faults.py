@@ -220,7 +220,7 @@ def test_missing_and_damaged_data_exit_65_once(jobs):
     config = '[data]\nkind = "idx"\nfolder = "nowhere"\n[model]\nkind = "cnn"\n'
     job = jobs.start(2, config=config)
     assert job.wait() == 65
-    assert job.text().count("HPCTRAIN_DATA") == 1
+    assert job.text().count("the train images not found") == 1
     assert "nowhere" in job.text()
 
 

@@ -237,6 +237,22 @@ def test_setup_without_a_compiler_changes_nothing(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_setup_leaves_an_environment_of_somebody_else_alone(tmp_path):
+    tools = copy_of_tools(tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "mine").touch()
+    done = subprocess.run(
+        [tools / "setup"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "was not made by this set-up" in done.stderr
+    assert (tmp_path / ".venv" / "mine").exists()
+
+
 def test_setup_without_a_python_that_fits(tmp_path):
     tools = copy_of_tools(tmp_path)
     old = program(tmp_path / "bin", "python3", "exit 1")  # what a version check would answer
