@@ -94,7 +94,7 @@ def launch(loaded: Loaded, options: Options) -> int:
     world = _mpi_world()
     with mpi.guard().guarded():
         outcome = run_on(world, loaded, options)
-    return EXIT_COMPLETE if outcome.complete else EXIT_STOPPED
+    return EXIT_COMPLETE if outcome.complete or options.dry_run else EXIT_STOPPED
 
 
 def run_on(world: World, loaded: Loaded, options: Options) -> Outcome:

@@ -127,6 +127,8 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         random.seed_rank(0)
         if place and place.checkpoint:
             session.load(restore.load(place.checkpoint.path, comm.rank, comm.size))
+            if place.checkpoint.size != comm.size:
+                random.seed_rank(clock.samples)
         if comm.rank == 0:
             session.journal = open_journal(session, place, local)
             algorithm = reducer.algorithm if reducer else "none: one rank"

@@ -91,12 +91,15 @@ def train(
         bool, typer.Option("--dry-run", help="Build everything, take one batch, write no file.")
     ] = False,
 ) -> None:
-    """Train. Start it under a launcher: mpirun -n 4 hpctrain train CONFIG.toml."""
+    """Train. Start it under a launcher: mpirun -n 4 hpctrain train CONFIG.toml.
+
+    A run that is continued without CONFIG.toml takes the configuration it was started with.
+    """
     from hpctrain.api import launch, parse_options
     from hpctrain.config import load
 
-    loaded = load(config, set_ or [])
     options = parse_options(out=out, resume=resume, walltime=walltime, dry_run=dry_run)
+    loaded = load(config or _config_of_the_run(out, resume), set_ or [])
     _speak()
     raise typer.Exit(launch(loaded, options))
 
@@ -175,7 +178,8 @@ def logs(
 
 def run_command_line(arguments: list[str]) -> int:
     """Run one command; the exit code. Local up to the moment training starts."""
-    if launch_from_environment().rank > 0:
+    rank = launch_from_environment().rank
+    if rank > 0:
         _hush()
     first = arguments[0] if arguments else ""
     if first not in ("-h", "--help", "--version") and (
@@ -185,7 +189,8 @@ def run_command_line(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="hpctrain", standalone_mode=False)
     except HpctrainError as error:
-        print(f"hpctrain: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"hpctrain: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -196,6 +201,15 @@ def run_command_line(arguments: list[str]) -> int:
         print(f"hpctrain: {error.format_message()} (see hpctrain --help)", file=sys.stderr)
         return EXIT_USAGE
     return result if isinstance(result, int) else EXIT_COMPLETE
+
+
+def _config_of_the_run(out: Path | None, resume: str) -> Path | None:
+    """The configuration a run was started with, where one is continued and no other is given."""
+    if resume == "never":
+        return None
+    folder = out if resume == "auto" else Path(resume)
+    path = folder / "config.toml" if folder else None
+    return path if path and path.is_file() else None
 
 
 _voices = (sys.stdout, sys.stderr)

@@ -6,6 +6,7 @@ that telling them costs no message of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ class Journal:
                 "step",
                 clock,
                 loss=sums.loss / batch_global,
-                accuracy=None if sums.correct != sums.correct else sums.correct / batch_global,
+                accuracy=None if math.isnan(sums.correct) else sums.correct / batch_global,
                 lr=lr,
                 batch_global=batch_global,
                 bytes_source=source,

@@ -68,10 +68,10 @@ def train_step(
         NonFiniteLoss: on all ranks, before the update.
     """
     fetched = time.perf_counter()
-    session.watchdog.beat(session.clock.step, "compute")
     session.flat.zero_grad()
     losses: list[Tensor] = []
     for position, (inputs, targets) in enumerate(batch.micro_batches, start=1):
+        session.watchdog.beat(session.clock.step, "compute")
         if position == len(batch.micro_batches):
             session.exchange.arm()
         losses.append(backward(session, inputs, targets, batch.batch_global))
@@ -120,11 +120,11 @@ def evaluate(session: Session) -> None:
     Leaves no trace in the training state. Float buffers (running statistics of batch normalisation)
     are averaged over ranks meanwhile, since every rank has seen other samples.
     """
-    session.watchdog.beat(session.clock.step, "evaluate")
     began = time.perf_counter()
     sums = torch.zeros(2, dtype=torch.float64)
     with session.evaluating():
         for inputs, targets in session.held_out_batches():
+            session.watchdog.beat(session.clock.step, "evaluate")
             with session.autocast():
                 losses = per_sample_loss(session.flat.module, session.spec, inputs, targets)
             sums += torch.stack([part.sum() for part in losses]).to("cpu", torch.float64)

@@ -202,6 +202,10 @@ def test_existing_run_is_not_overwritten(jobs):
     assert job.wait() == 2
     assert "--resume auto" in job.text()
     assert (run / "metrics.jsonl").read_bytes() == before
+    # Continued without a configuration, a run takes the one it was started with.
+    job = jobs.command(1, "train", "--resume", str(run))
+    assert job.wait() == 0, job.text()
+    assert "misbehaving:calm" in job.text()
 
 
 def test_complaints_come_once_and_before_any_communication(jobs):

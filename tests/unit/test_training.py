@@ -112,6 +112,15 @@ def test_fewer_samples_than_ranks(tmp_path):
     assert step_losses(tmp_path / "4") == pytest.approx(step_losses(tmp_path / "1"), rel=1e-12)
 
 
+def test_dry_run_takes_one_batch_and_writes_no_file(tmp_path, capsys):
+    folder = tmp_path / "run"
+    tree = MLP | {"record": {"progress": "plain"}}
+    outcomes = train_threads(tree, 2, folder, dry_run=True)
+    assert [(o.folder, o.step, o.complete) for o in outcomes] == [(None, 0, False)] * 2
+    assert not folder.exists()
+    assert "one batch of 50 samples" in capsys.readouterr().out
+
+
 def test_a_short_last_batch_counts_by_its_true_size(tmp_path):
     tree = MLP | {"batch": {"batch_global": 1000}, "train": {"epochs": 2, "dtype": "float64"}}
     train_threads(tree, 2, tmp_path / "run")
