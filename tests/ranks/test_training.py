@@ -16,20 +16,7 @@ from hpctrain.assemble import Options, World
 from hpctrain.config import from_mapping
 from hpctrain.data.spec import Spec
 from hpctrain.models.mlp import Mlp
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "losses.json"
-TREE: dict[str, Any] = {
-    "name": "mlp",
-    "seed": 7,
-    "data": {"kind": "digits"},
-    "model": {"kind": "mlp", "widths": [24]},
-    "optimiser": {"kind": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
-    "lr": {"base": 0.1, "schedule": "cosine", "warmup_epochs": 0.5},
-    "batch": {"batch_global": 50},
-    "train": {"steps": 30, "dtype": "float64"},
-    "evaluate": {"every_epochs": 0},
-    "record": {"every_steps": 1, "progress": "none"},
-}
+from tests.golden_run import GOLDEN, MLP, step_losses
 
 
 def jittery(spec: Spec, widths: list[int], dropout: float) -> nn.Module:
@@ -45,13 +32,12 @@ def run(comm, tree: dict[str, Any], folder: Path, resume: str = "never") -> list
     """Every step's loss, as rank 0 recorded it."""
     run_on(World(comm), from_mapping(tree), Options(out=folder, resume=resume))
     comm.barrier()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "step"]
+    return step_losses(folder)
 
 
 @pytest.mark.parametrize("backend", ["horovod", "mpi"])
 def test_losses_equal_the_golden_ones(comm, rank_tmp_path, backend):
-    tree = TREE | {"exchange": {"dense_backend": backend, "bucket_mib": 0.002}}
+    tree = MLP | {"exchange": {"dense_backend": backend, "bucket_mib": 0.002}}
     golden = json.loads(GOLDEN.read_text())["mlp"]
     losses = run(comm, tree, rank_tmp_path / "run")
     assert losses[: len(golden)] == pytest.approx(golden, rel=1e-12, abs=0)
@@ -60,7 +46,7 @@ def test_losses_equal_the_golden_ones(comm, rank_tmp_path, backend):
 @pytest.mark.ranks(2, 3, 4)
 @pytest.mark.parametrize("backend", ["horovod", "mpi"])
 def test_resume_is_bitwise_whatever_the_delays(comm, rank_tmp_path, backend):
-    tree = TREE | {
+    tree = MLP | {
         "exchange": {"dense_backend": backend, "bucket_mib": 0.002},
         "model": {"kind": f"{__name__}:jittery", "args": {"widths": [24, 16], "dropout": 0.2}},
         "lr": {"base": 0.1},
@@ -80,7 +66,7 @@ def test_resume_is_bitwise_whatever_the_delays(comm, rank_tmp_path, backend):
 @pytest.mark.parametrize("wire", ["float16", "bfloat16"])
 @pytest.mark.parametrize("backend", ["horovod", "mpi"])
 def test_half_precision_on_the_wire_stays_close(comm, rank_tmp_path, backend, wire):
-    tree = TREE | {"train": {"steps": 10}}
+    tree = MLP | {"train": {"steps": 10}}
     exact = run(comm, tree, rank_tmp_path / "exact")
     exchange = {"dense_backend": backend, "wire_dtype": wire}
     rounded = run(comm, tree | {"exchange": exchange}, rank_tmp_path / "rounded")
