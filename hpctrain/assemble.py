@@ -22,6 +22,7 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.order import SampleOrder
 from hpctrain.data.partition import shards_of
 from hpctrain.data.spec import DataSets
+from hpctrain.errors import ConfigError
 from hpctrain.exchange.dense import DenseExchange, buckets_of
 from hpctrain.hardware import choose_device, choose_threads, make_reducer
 from hpctrain.journal import Journal
@@ -85,6 +86,11 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         stop_file = place.folder.stop_file if place and comm.rank == 0 else None
         stop = local.enter_context(StopRequest(options.walltime_s, stop_file))
         device = choose_device(run.train.device, comm)
+        if run.train.autocast != "off" and device.type == "cpu":
+            raise ConfigError(
+                f'train.autocast = "{run.train.autocast}" is for GPUs and this run is on the CPU; '
+                'set it to "off"'
+            )
         threads = choose_threads(run.train.threads, comm)
         data = run.data.load(comm.node(), run.seed)
         random = RandomState(run.seed, comm.rank)

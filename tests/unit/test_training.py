@@ -103,6 +103,13 @@ def test_dry_run_takes_one_batch_and_writes_no_file(tmp_path, capsys):
     assert "one batch of 50 samples" in capsys.readouterr().out
 
 
+def test_autocast_without_a_gpu_is_refused(tmp_path):
+    tree = MLP | {"train": {"steps": 3, "autocast": "bfloat16", "device": "auto"}}
+    with pytest.raises(Exception, match="this run is on the CPU"):
+        train_threads(tree, 1, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_short_last_batch_counts_by_its_true_size(tmp_path):
     tree = MLP | {"batch": {"batch_global": 1000}, "train": {"epochs": 2, "dtype": "float64"}}
     train_threads(tree, 2, tmp_path / "run")
