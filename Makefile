@@ -30,6 +30,7 @@ setup: ## Make or renew .venv: torch, an MPI, Horovod, hpctrain (minutes once, t
 
 demo: setup ## Train the built-in run, a CNN on handwritten digits, with 2 ranks
 	@tools/launch 2 -- $(BIN)/hpctrain
+	@echo "      (these commands need the environment: . $(BIN)/activate)"
 
 test: setup ## Run all tests: unit, faults and ranks
 	@times=; for room in unit faults ranks; do \

@@ -75,10 +75,10 @@ def classify(
     ranks that wait in an earlier step or bucket than others.
 
     Returns:
-        None while no rank has stood still for `warn_s`.
+        None while some rank has moved within `warn_s`.
     """
-    longest_s = max(one.idle_s for one in heard)
-    if longest_s < warn_s:
+    still_s = min(one.idle_s for one in heard)
+    if still_s < warn_s:
         return None
     silent = [one.silent_s > SILENT_BEATS * heartbeat_s for one in heard]
     places = [
@@ -96,7 +96,7 @@ def classify(
         else:
             missing.append(rank)
 
-    lines = [f"no progress for {longest_s:.0f} s"]
+    lines = [f"no progress for {still_s:.0f} s"]
     for (step, phase, bucket), ranks in waiting.items():
         since_s = max(heard[rank].idle_s for rank in ranks)
         lines.append(
@@ -111,7 +111,7 @@ def classify(
     elif not waiting:
         lines.append("  no rank is seen waiting for another")
     key = (tuple(missing), tuple((place, tuple(ranks)) for place, ranks in waiting.items()))
-    return Stall("\n".join(lines), longest_s, key)
+    return Stall("\n".join(lines), still_s, key)
 
 
 def _describe(rank: int, heard: Heard, silent: bool, hosts: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", ["usr1", "stop command", "walltime", "term to a rank"])
 def test_asked_to_stop_saves_exits_75_and_continues_bitwise(jobs, undisturbed, how):
     run = jobs.folder / "run"
-    more = ["--walltime", "24s"] if how == "walltime" else []
+    more = ["--walltime", "12s"] if how == "walltime" else []
     config = SLOW.replace("0.05", "1.0") if how == "walltime" else SLOW
     job = jobs.start(2, "--out", str(run), *more, config=config)
     if how != "walltime":
@@ -103,7 +103,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(jobs):
 def test_stalled_rank_is_named_and_ends_the_job(jobs, backend):
     config = (
         f'[model]\nkind = "misbehaving:hangs"\n[exchange]\ndense_backend = "{backend}"\n'
-        "[watchdog]\nheartbeat_s = 0.5\nwarn_s = 2\nabort_s = 6\n"
+        "[watchdog]\nheartbeat_s = 0.2\nwarn_s = 1.5\nabort_s = 3\n"
     )
     job = jobs.start(3, config=config)
     assert job.wait(60) == 70, job.text()
@@ -128,7 +128,8 @@ def test_full_disk_keeps_the_previous_checkpoint(jobs, undisturbed, on_error):
     # "continue" trains to the end; that the record's last lines found no room is told at the end.
     assert code == 73, job.text()
     assert ("step 29" in job.text() or "step 30" in job.text()) == (on_error == "continue")
-    assert_continues_exactly(jobs, run, SLOW, undisturbed)
+    if on_error == "stop":
+        assert_continues_exactly(jobs, run, SLOW, undisturbed)
 
 
 def wait_until(condition, limit_s: float = 20) -> None:
@@ -179,8 +180,8 @@ def test_pickle_in_a_checkpoint_is_refused_and_not_run(jobs):
 def test_another_number_of_ranks_continues_the_same_samples(jobs):
     run, whole = jobs.folder / "run", jobs.folder / "whole"
     config = '[model]\nkind = "misbehaving:regular"\n[train]\ndtype = "float64"\n'
-    assert jobs.start(4, "--out", str(whole), config=config).wait() == 0
-    for ranks, stop in ((4, 6), (2, 16), (3, None)):
+    assert jobs.start(2, "--out", str(whole), config=config).wait() == 0
+    for ranks, stop in ((3, 6), (1, 16), (2, None)):
         job = jobs.start(ranks, "--out", str(run), "--resume", "auto", config=config)
         if stop:
             wait_for_step(run, stop, job)

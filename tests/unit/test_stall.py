@@ -37,7 +37,7 @@ def test_waiting_and_missing_ranks_are_named() -> None:
     stall = judge(WAITS, BUSY, WAITS, WAITS)
     assert stall is not None
     assert stall.message.splitlines() == [
-        "no progress for 66 s: 3 rank(s) wait for 1",
+        "no progress for 65 s: 3 rank(s) wait for 1",
         "  waiting: ranks 0, 2-3 in exchange of step 12, bucket 1 (conv.weight, conv.bias) "
         "for 65 s",
         "  missing: rank 1 (host1) in compute of step 12 for 66 s, at model.py:3 forward",
