@@ -9,11 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from hpctrain.toml_text import toml_value
+from hpctrain.user_code import CUSTOM
 
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]
-CUSTOM = "package.module:function"
-"""How a `kind` of a user's own is written."""
 
 
 def explain(

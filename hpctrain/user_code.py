@@ -11,8 +11,17 @@ from typing import Any
 
 from hpctrain.errors import ConfigError
 
+CUSTOM = "package.module:function"
+"""How a `kind` of the user's own is written; its tag in the unions of kinds."""
+
 PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """Of a `kind` that names a function."""
+
+
+def union_tag(value: Any) -> Any:
+    """Which member of a union of kinds a table means: its `kind`, or `CUSTOM`. Local."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return CUSTOM if isinstance(kind, str) and ":" in kind else kind
 
 
 def load_function(table: str, kind: str, *positional: Any, **keywords: Any) -> Callable[..., Any]:

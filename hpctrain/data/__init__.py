@@ -6,7 +6,7 @@ One copy of a set per node. Which samples a step takes is decided by `order.Samp
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
@@ -17,13 +17,7 @@ from hpctrain.data.idx import Idx
 from hpctrain.data.libsvm import Libsvm
 from hpctrain.data.synthetic import Synthetic
 from hpctrain.data.text import Text
-
-
-def _member(value: Any) -> Any:
-    """The union's tag: `kind` itself, or "package.module:function" for a user's own."""
-    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "package.module:function" if isinstance(kind, str) and ":" in kind else kind
-
+from hpctrain.user_code import CUSTOM, union_tag
 
 DataConfig = Annotated[
     Annotated[Digits, Tag("digits")]
@@ -32,8 +26,8 @@ DataConfig = Annotated[
     | Annotated[Text, Tag("text")]
     | Annotated[Libsvm, Tag("libsvm")]
     | Annotated[Synthetic, Tag("synthetic")]
-    | Annotated[CustomData, Tag("package.module:function")],
-    Discriminator(_member),
+    | Annotated[CustomData, Tag(CUSTOM)],
+    Discriminator(union_tag),
 ]
 """The table [data]."""
 

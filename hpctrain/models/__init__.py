@@ -7,7 +7,7 @@ drawn in float32; a float64 run converts them afterwards, so both start from the
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Discriminator, Tag
 
@@ -17,13 +17,7 @@ from hpctrain.models.gpt import Gpt
 from hpctrain.models.logistic import Logistic
 from hpctrain.models.mlp import Mlp
 from hpctrain.models.resnet20 import Resnet20
-
-
-def _member(value: Any) -> Any:
-    """The union's tag: `kind` itself, or "package.module:function" for a user's own."""
-    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "package.module:function" if isinstance(kind, str) and ":" in kind else kind
-
+from hpctrain.user_code import CUSTOM, union_tag
 
 ModelConfig = Annotated[
     Annotated[Logistic, Tag("logistic")]
@@ -31,8 +25,8 @@ ModelConfig = Annotated[
     | Annotated[Cnn, Tag("cnn")]
     | Annotated[Resnet20, Tag("resnet20")]
     | Annotated[Gpt, Tag("gpt")]
-    | Annotated[CustomModel, Tag("package.module:function")],
-    Discriminator(_member),
+    | Annotated[CustomModel, Tag(CUSTOM)],
+    Discriminator(union_tag),
 ]
 """The table [model]."""
 
