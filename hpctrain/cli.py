@@ -1,13 +1,15 @@
 """The command line. Sub-commands import what they need, so `--help` loads neither torch nor MPI.
 
 Under a launcher every rank runs this file. Rank 0 alone speaks: the others see the same arguments
-and the same configuration file, so their complaints would only repeat it.
+and, as a rule, the same configuration file, so their complaints would only repeat it.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -189,8 +191,7 @@ def run_command_line(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="hpctrain", standalone_mode=False)
     except HpctrainError as error:
-        if rank == 0:
-            print(f"hpctrain: {error}", file=sys.stderr)
+        _complain(rank, str(error))
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -198,7 +199,7 @@ def run_command_line(arguments: list[str]) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        print(f"hpctrain: {error.format_message()} (see hpctrain --help)", file=sys.stderr)
+        _complain(rank, f"{error.format_message()} (see hpctrain --help)")
         return EXIT_USAGE
     return result if isinstance(result, int) else EXIT_COMPLETE
 
@@ -212,6 +213,20 @@ def _config_of_the_run(out: Path | None, resume: str) -> Path | None:
     return path if path and path.is_file() else None
 
 
+def _complain(rank: int, message: str) -> None:
+    """Say why this process leaves before training; rank 0 at once, the others if need be.
+
+    Any other rank waits for its launcher to end it and speaks when that does not happen: then rank
+    0 may have had nothing to complain about. The wait also lets rank 0 be heard, as mpirun ends
+    all ranks as soon as one leaves with an error.
+    """
+    if rank > 0:
+        time.sleep(_RANK_0_SPEAKS_WITHIN_S)
+        message = f"[rank {rank} {socket.gethostname()}] {message}"
+    print(f"hpctrain: {message}", file=_voices[1])
+
+
+_RANK_0_SPEAKS_WITHIN_S = 10.0
 _voices = (sys.stdout, sys.stderr)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HPCTRAIN = (sys.executable, "-m", "hpctrain")
 BASE = """
 [data]
 kind = "digits"
@@ -35,13 +36,12 @@ epochs = 2
 class Job:
     """One launched training job."""
 
-    def __init__(self, ranks: int, arguments: list[str], cwd: Path, **environment: str) -> None:
+    def __init__(self, ranks: int, command: list[str], cwd: Path, **environment: str) -> None:
         variables = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'faults'}",
         }
-        command = [str(ROOT / "tools" / "launch"), str(ranks), "--",
-                   sys.executable, "-m", "hpctrain", *arguments]  # fmt: skip
+        command = [str(ROOT / "tools" / "launch"), str(ranks), "--", *command]
         self.out = cwd / f"out-{time.monotonic_ns()}.txt"
         self.err = self.out.with_suffix(".err")
         with open(self.out, "w") as out, open(self.err, "w") as err:
@@ -105,7 +105,12 @@ class Jobs:
         return self.command(ranks, "train", str(path), *arguments, **environment)
 
     def command(self, ranks: int, *arguments: str, **environment: str) -> Job:
-        job = Job(ranks, list(arguments), self.folder, **environment)
+        """`hpctrain` with these arguments."""
+        return self.run(ranks, *HPCTRAIN, *arguments, **environment)
+
+    def run(self, ranks: int, *command: str, **environment: str) -> Job:
+        """Any program."""
+        job = Job(ranks, list(command), self.folder, **environment)
         self.started.append(job)
         return job
 

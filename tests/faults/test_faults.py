@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.runs import report
-from tests.faults.conftest import ROOT, Jobs, lines, losses, wait_for_step
+from tests.faults.conftest import HPCTRAIN, ROOT, Jobs, lines, losses, wait_for_step
 
 SLOW = '[model]\nkind = "misbehaving:calm"\n[model.args]\nsleep_s = 0.05\njitter_s = 0.005\n'
 
@@ -219,6 +219,18 @@ def test_complaints_come_once_and_before_any_communication(jobs):
     job = jobs.command(3, "--help")
     assert job.wait() == 0
     assert job.text().count("Examples:") == 1
+
+
+def test_a_slow_rank_0_is_heard_and_so_is_a_rank_that_complains_alone(jobs):
+    slow_rank_0 = 'test "$OMPI_COMM_WORLD_RANK" != 0 || sleep 2; exec "$@" --walltme 3'
+    job = jobs.run(2, "bash", "-c", slow_rank_0, "slow", *HPCTRAIN)
+    assert job.wait() == 2
+    assert job.text().count("walltme") == 1
+    only_rank_1 = 'test "$OMPI_COMM_WORLD_RANK" = 0 || set -- "$@" --walltme; exec "$@"'
+    job = jobs.run(2, "bash", "-c", only_rank_1, "alone", *HPCTRAIN)
+    assert job.wait() == 2
+    assert "[rank 1 " in job.text()
+    assert job.text().count("walltme") == 1
 
 
 def test_missing_and_damaged_data_exit_65_once(jobs):
