@@ -5,6 +5,10 @@ link's limit (docs/operations.md). Its `tuned` component reads a file of rules w
 from `RING_FROM_BYTES` on the ring runs, below it the library decides as always. In Open MPI 5 the
 hierarchical component `han` would keep the all-reduce between nodes away from `tuned`, so it gets
 a file of rules too, which hands big all-reduces of the whole communicator on to `tuned`.
+
+Over TCP, Open MPI asks the receiver before it sends more than 64 KiB, and the answer waits behind
+whatever else leaves that node: milliseconds per ring step on a loaded link. Ring steps of up to
+`EAGER_BYTES` are therefore sent at once. Fabrics other than TCP have limits of their own.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 RING_FROM_BYTES = 1 << 20
+EAGER_BYTES = 2 << 20
+_HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def han_rules(ring_from_bytes: int = RING_FROM_BYTES) -> str:
     )
 
 
-def choose(library: str, environ: Mapping[str, str], configuration: Iterable[Path]) -> Choice:
+def choose(library: str, environ: Mapping[str, str], configuration: Sequence[Path]) -> Choice:
     """Decide from the library's version text and what the site set. Local.
 
     Args:
@@ -86,15 +92,16 @@ def choose(library: str, environ: Mapping[str, str], configuration: Iterable[Pat
     # hpctrain's windows live in shared memory; where UCX does not work, Open MPI 5 prints an error
     # for each of them although nothing is wrong.
     quiet = {"OMPI_MCA_osc": "^ucx"} if version[1] == "5" and "OMPI_MCA_osc" not in environ else {}
+    others = quiet | _eager(environ, configuration)
     set_by_site = sorted(name for name in environ if name.startswith("OMPI_MCA_coll"))
     if set_by_site:
         shown = ", ".join(f"{name}={environ[name]}" for name in set_by_site)
-        return Choice({}, quiet, f"as the site set it ({title}: {shown})")
+        return Choice({}, others, f"as the site set it ({title}: {shown})")
     for path in configuration:
-        if line := _collective_line(path):
-            return Choice({}, quiet, f"as the site set it ({title}: {line} in {path})")
+        if line := _line_about("coll", path):
+            return Choice({}, others, f"as the site set it ({title}: {line} in {path})")
     files = {"OMPI_MCA_coll_tuned_dynamic_rules_filename": tuned_rules()}
-    variables = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"} | quiet
+    variables = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"} | others
     if version[1] == "5":
         files["OMPI_MCA_coll_han_dynamic_rules_filename"] = han_rules()
         variables["OMPI_MCA_coll_han_use_dynamic_file_rules"] = "1"
@@ -159,12 +166,23 @@ def loaded_library() -> Path | None:
     return Path(found[1]) if found else None
 
 
-def _collective_line(path: Path) -> str:
+def _eager(environ: Mapping[str, str], configuration: Sequence[Path]) -> dict[str, str]:
+    """Variables that let ring steps go at once over TCP, unless the site tuned its TCP."""
+    names = [f"OMPI_MCA_btl_tcp_{name}" for name in ("eager_limit", "max_send_size")]
+    if any(name in environ for name in names):
+        return {}
+    if any(_line_about("btl_tcp_(eager_limit|max_send_size)", path) for path in configuration):
+        return {}
+    return dict.fromkeys(names, str(EAGER_BYTES + _HEADER_BYTES))
+
+
+def _line_about(parameter: str, path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip() for line in lines if re.match(r"\s*coll(_\w+)?\s*=", line)), "")
+    pattern = rf"\s*{parameter}(_\w+)?\s*="
+    return next((line.strip() for line in lines if re.match(pattern, line)), "")
 
 
 def _describe_other(library: str, environ: Mapping[str, str]) -> str:

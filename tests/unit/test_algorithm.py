@@ -19,6 +19,11 @@ OPEN_MPI_5 = "Open MPI v5.0.11, package: x, ident: 5.0.11\0"
 MPICH = "MPICH Version:      5.0.2\nMPICH Release date: x"
 
 
+EAGER = dict.fromkeys(
+    ("OMPI_MCA_btl_tcp_eager_limit", "OMPI_MCA_btl_tcp_max_send_size"), str((2 << 20) + 4096)
+)
+
+
 def numbers(text: str) -> list[str]:
     return " ".join(line.partition("#")[0] for line in text.splitlines()).split()
 
@@ -33,7 +38,7 @@ def test_rules_leave_small_sizes_to_the_library() -> None:
 def test_open_mpi_gets_rules() -> None:
     four = choose(OPEN_MPI_4, {}, [])
     assert list(four.files) == ["OMPI_MCA_coll_tuned_dynamic_rules_filename"]
-    assert four.variables == {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"}
+    assert four.variables == {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"} | EAGER
     assert "ring from 1 MiB" in four.report
     assert "Open MPI 4.1" in four.report
     five = choose(OPEN_MPI_5, {}, [])
@@ -61,6 +66,16 @@ def test_the_sites_configuration_wins(tmp_path: Path) -> None:
     assert not choice.files
     assert "coll_tuned_use_dynamic_rules = 1" in choice.report
     assert str(path) in choice.report
+
+
+def test_a_site_that_tuned_its_tcp_keeps_it(tmp_path: Path) -> None:
+    name = "OMPI_MCA_btl_tcp_eager_limit"
+    assert not choose(OPEN_MPI_5, {name: "65536"}, []).variables.keys() & EAGER.keys()
+    path = tmp_path / "openmpi-mca-params.conf"
+    path.write_text("btl_tcp_max_send_size = 262144\n")
+    assert not choose(OPEN_MPI_4, {}, [path]).variables.keys() & EAGER.keys()
+    path.write_text("btl_tcp_if_include = eth0\n")
+    assert choose(OPEN_MPI_4, {}, [path]).variables.keys() > EAGER.keys()
 
 
 def test_other_libraries_are_reported() -> None:

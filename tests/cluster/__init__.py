@@ -1,0 +1,1 @@
+"""A cluster on one machine: nodes with links of a set rate, MPI and SLURM over them."""
