@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.cluster.cluster import Cluster, ClusterError
 from tests.cluster.plan import HEAD
+from tests.cluster.slurm import Slurm
 
 EXAMPLES = """examples, as root and with the environment active:
   python -m tests.cluster up --nodes 4 --rate 1gbit
@@ -65,6 +66,9 @@ def _do(given: argparse.Namespace) -> int:
         )
         for link in cluster.links:
             print(link)
+        if given.slurm:
+            Slurm(cluster).__enter__()
+            print("SLURM is up: python -m tests.cluster on head -- sinfo")
         print(f"{given.nodes} nodes are up; state in {folder}")
         return 0
     if not cluster:

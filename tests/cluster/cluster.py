@@ -91,18 +91,18 @@ class Cluster:
         agent = plan.path("agent")
         agent.write_text(_AGENT.format(python=shlex.quote(sys.executable), root=str(ROOT)))
         agent.chmod(0o755)
-        process = subprocess.Popen(
-            [
-                *([] if lasting else ["setpriv", "--pdeathsig", "KILL", "--"]),
-                *UNSHARE, sys.executable, "-m", "tests.cluster.inside", "head", plan.folder,
-            ],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=open(plan.path("head.log"), "a"),  # noqa: SIM115 - the child's from here on
-            text=True,
-            start_new_session=True,
-        )  # fmt: skip
+        tied = [] if lasting else ["setpriv", "--pdeathsig", "KILL", "--"]
+        head = [sys.executable, "-m", "tests.cluster.inside", "head", plan.folder]
+        with open(plan.path("head.log"), "a") as log:
+            process = subprocess.Popen(
+                [*tied, *UNSHARE, *head],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
         assert process.stdout
         if process.stdout.readline() != "READY\n":
             process.wait()
@@ -161,8 +161,13 @@ class Cluster:
         shutil.rmtree(self.plan.folder, ignore_errors=True)
 
     def environment(self, extra: Mapping[str, str] = {}) -> dict[str, str]:  # noqa: B006
-        """What a login on this cluster would set: MPI finds its network and its agent."""
-        return {**os.environ, **launchers.environment(self.plan), **extra}
+        """What a login on this cluster would set: MPI and SLURM find their way."""
+        found = {**os.environ, **launchers.environment(self.plan), **extra}
+        if self.plan.slurm_conf.exists():
+            found |= {"SLURM_CONF": str(self.plan.slurm_conf)}
+            # Each node numbers its processes on its own, and SLURM's PMIx was built with munge.
+            found |= {"PMIX_MCA_gds": "hash", "PMIX_MCA_psec": "native"}
+        return found
 
     def start(
         self,

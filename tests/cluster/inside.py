@@ -116,18 +116,21 @@ def _furnish(plan: Plan, name: str) -> None:
     _run(["hostname", name])
     _run(["mount", "--bind", str(plan.path("hosts")), "/etc/hosts"])
     _run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"])
-    shared = [os.path.realpath(path) for path in (plan.folder, *plan.shared)]
-    hidden = sorted({path for path in shared if path.startswith("/tmp/")})
+    shared = {Path(path).resolve() for path in (plan.folder, *plan.shared)}
+    hidden = [path for path in shared if path.is_relative_to("/tmp")]
+    # One inside another comes back with it.
+    hidden = [
+        path for path in hidden if not any(path.is_relative_to(p) for p in hidden if p != path)
+    ]
     handles = {path: os.open(path, os.O_PATH) for path in hidden}
     private = plan.path("tmp", name)
     private.mkdir(parents=True, exist_ok=True)
     private.chmod(0o1777)
     _run(["mount", "--bind", str(private), "/tmp"])
     for path, handle in handles.items():
-        if not os.path.exists(path):  # a shared folder inside another is there already
-            os.makedirs(path)
-            link = f"/proc/{os.getpid()}/fd/{handle}"
-            _run(["mount", "--no-canonicalize", "--bind", link, path])
+        path.mkdir(parents=True, exist_ok=True)
+        link = f"/proc/{os.getpid()}/fd/{handle}"
+        _run(["mount", "--no-canonicalize", "--bind", link, str(path)])
         os.close(handle)
 
 

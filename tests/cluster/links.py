@@ -84,21 +84,14 @@ def _measured(cluster: Cluster, node: str, direction: str) -> Link:
     ideal_s = 8 * MESSAGE_BYTES / cluster.plan.bits_per_s
     pause_s = 1.2 * ideal_s + IDLE_S
     source, sink = ("head", node) if direction == "to" else (node, "head")
-    receiver = cluster.start(
-        [sys.executable, "-S", "-c", _RECEIVER, cluster.plan.address(sink)],
-        node=sink,
-        stdout=subprocess.PIPE,
-    )
-    assert receiver.stdout
-    port = receiver.stdout.readline().strip()
-    sent = json.loads(
-        cluster.on(
-            source,
-            [sys.executable, "-S", "-c", _SENDER, cluster.plan.address(sink), port, str(pause_s)],
-        )
-    )
-    arrived = json.loads(receiver.stdout.read())
-    receiver.wait()
+    listen = [sys.executable, "-S", "-c", _RECEIVER, cluster.plan.address(sink)]
+    with cluster.start(listen, node=sink, stdout=subprocess.PIPE) as receiver:
+        assert receiver.stdout
+        port = receiver.stdout.readline().strip()
+        address = cluster.plan.address(sink)
+        talk = [sys.executable, "-S", "-c", _SENDER, address, port, str(pause_s)]
+        sent = json.loads(cluster.on(source, talk))
+        arrived = json.loads(receiver.stdout.read())
     # One clock for all: the nodes share this machine's.
     seconds = [end - start for start, end in zip(sent, arrived, strict=True)]
     return Link(node, direction, statistics.median(seconds[2:]), ideal_s)

@@ -57,6 +57,11 @@ class Plan:
     def path(self, *parts: str) -> Path:
         return Path(self.folder, *parts)
 
+    @property
+    def slurm_conf(self) -> Path:
+        """Where SLURM's configuration is once SLURM has been started."""
+        return self.path("slurm", "slurm.conf")
+
     def pid(self, name: str) -> int | None:
         """Process 1 of a node, as numbered inside the cluster; None while the node is down."""
         try:

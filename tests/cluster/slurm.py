@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from tests.cluster.cluster import Cluster, ClusterError
 from tests.cluster.plan import HEAD
 
 _TOOLS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge"}
+_PMIX = Path("/usr/lib", f"{os.uname().machine}-linux-gnu", "pmix2/lib/libpmix.so")
+"""What Debian's SLURM loads for --mpi=pmix."""
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
@@ -35,23 +38,25 @@ class Slurm:
         settings: Mapping[str, str] = {},  # noqa: B006
         topology: Mapping[str, str] = {},  # noqa: B006
     ) -> None:
-        lacking = sorted({package for tool, package in _TOOLS.items() if not shutil.which(tool)})
-        if lacking:
-            raise ClusterError(
-                f"SLURM needs the packages {', '.join(lacking)}: apt-get install them"
-            )
+        if reason := Slurm.missing():
+            raise ClusterError(reason)
         self.cluster = cluster
-        self._folder = cluster.plan.path("slurm")
-        self._conf = self._folder / "slurm.conf"
-        self.environment = {
-            "SLURM_CONF": str(self._conf),
-            "PMIX_MCA_gds": "hash",
-            "PMIX_MCA_psec": "native",
-        }
+        self._conf = cluster.plan.slurm_conf
+        self._folder = self._conf.parent
         for part in ("state", *(f"spool-{n}" for n in cluster.plan.names)):
             (self._folder / part).mkdir(parents=True, exist_ok=True)
         self._conf.write_text(self._configuration(cpus, dict(settings), bool(topology)))
         (self._folder / "topology.conf").write_text(_switches(topology))
+
+    @staticmethod
+    def missing() -> str | None:
+        """Why no SLURM can be started here, None if it can."""
+        lacking = {package for tool, package in _TOOLS.items() if not shutil.which(tool)}
+        if not _PMIX.exists():
+            lacking.add("libpmix-dev")
+        if lacking:
+            return f"SLURM needs the packages {', '.join(sorted(lacking))}: apt-get install them"
+        return None
 
     def __enter__(self) -> Slurm:
         try:
@@ -102,7 +107,7 @@ class Slurm:
 
     def call(self, *words: str, cwd: Path | None = None, node: str = HEAD) -> str:
         """Run one of SLURM's commands, or any other that calls them; its output."""
-        return self.cluster.on(node, list(words), extra=self.environment, cwd=cwd)
+        return self.cluster.on(node, list(words), cwd=cwd)
 
     def job(self, number: str) -> dict[str, str]:
         """`scontrol show job` as a table."""
@@ -145,7 +150,6 @@ class Slurm:
         self.cluster.on(
             HEAD,
             words,
-            extra=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
