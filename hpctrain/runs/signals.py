@@ -72,6 +72,23 @@ def process_start_s() -> float:
     return time.time() - max(uptime_s - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
+_early = NONE
+
+
+def note_early_signals() -> None:
+    """From here on SIGUSR1 does not kill; a `StopRequest` made later knows of it. Local.
+
+    The first thing that a program does: schedulers send the signal up to a minute early, and to
+    load torch and start MPI takes its time.
+    """
+    signal.signal(signal.SIGUSR1, _note)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _early
+    _early = USR1
+
+
 class StopRequest:
     """Watches for reasons to stop; use it in a `with` block, which restores the old handlers.
 
@@ -107,7 +124,7 @@ class StopRequest:
         self.end_s = min(ends) if ends else None
         """When the job ends, in seconds since the epoch; None if nobody said."""
         self._stop_file = stop_file
-        self._signalled = NONE
+        self._signalled = _early
         self._found = NONE
         self._poll_s = 0.0
         self._last_poll_s: float | None = None

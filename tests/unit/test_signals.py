@@ -54,6 +54,22 @@ def test_a_signal_asks(number, code):
     assert (out.strip(), errors, child.returncode) == (describe(code), "", 0)
 
 
+def test_a_signal_before_training_is_remembered():
+    """hpctrain notes SIGUSR1 from its first line on; this one comes while it loads torch."""
+    program = """
+import os, signal, sys
+import hpctrain.runs.signals as signals
+signals.note_early_signals()
+os.kill(os.getpid(), signal.SIGUSR1)
+with signals.StopRequest() as stop:
+    print(signals.describe(stop.poll(0.0)))
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{describe(signals.USR1)}\nalive\n", "")
+
+
 def test_a_storm_of_signals_does_no_harm():
     child = start("wait")
     for _ in range(300):
