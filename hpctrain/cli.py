@@ -16,6 +16,9 @@ from typing import Annotated
 import typer
 
 from hpctrain import __version__
+from hpctrain.commands.container import app as container
+from hpctrain.commands.doctor import doctor, topology
+from hpctrain.commands.submit import submit
 from hpctrain.errors import EXIT_COMPLETE, EXIT_USAGE, HpctrainError
 from hpctrain.transport.launcher import launch_from_environment
 
@@ -176,6 +179,12 @@ def logs(
     from hpctrain.runs import report
 
     print(report.logs(run, rank, lines))
+
+
+app.command()(submit)
+app.command()(doctor)
+app.command()(topology)
+app.add_typer(container, name="container")
 
 
 def run_command_line(arguments: list[str]) -> int:

@@ -40,11 +40,7 @@ def collect(
     return {
         "command": list(arguments),
         "working_directory": os.getcwd(),
-        "versions": {
-            "hpctrain": hpctrain.__version__,
-            "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
-        },
+        "versions": versions(),
         "ranks": topology.size,
         "nodes": topology.n_nodes,
         "hosts": list(topology.hosts),
@@ -56,10 +52,24 @@ def collect(
         "processor": processor(),
         "cores_of_rank_0": len(os.sched_getaffinity(0)),
         "cores_of_node": os.cpu_count(),
-        "container": {name: os.environ[name] for name in _CONTAINER if name in os.environ} or None,
+        "container": container(os.environ),
         "settings": {name: os.environ.get(name) for name in _SETTINGS},
         **facts,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """hpctrain, Python and the packages that a run depends on; None: not installed. Local."""
+    return {
+        "hpctrain": hpctrain.__version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def container(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The variables by which Apptainer and Singularity name the image, None outside. Local."""
+    return {name: environment[name] for name in _CONTAINER if name in environment} or None
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -7,13 +7,16 @@ With fusion, equal inputs gave several bit patterns at 3 ranks (architecture.md 
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
 from hpctrain.errors import BackendError
+from hpctrain.transport.algorithm import loaded_library
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.mpi_reducer import MpiReducer
 from hpctrain.transport.verbs import timed
@@ -122,6 +125,29 @@ class HorovodReducer:
         if wire is None or wire.shape != bucket.shape or wire.device != bucket.device:
             wire = self._wires[index] = torch.empty_like(bucket, dtype=torch.float16)
         return wire.copy_(bucket)
+
+
+def features() -> dict[str, str | bool | list[str] | None]:
+    """What the installed Horovod was built with. Local; loads Horovod and does not start it.
+
+    `dtypes` are the tensor types of its all-reduce, `mpi_library` the libmpi that it brought into
+    this process.
+
+    Raises:
+        BackendError: it cannot be loaded, or was built without MPI.
+    """
+    hvd = _load()
+    names = dir(hvd.mpi_ops.mpi_lib)
+    found = (re.fullmatch(r"horovod_torch_allreduce_async_torch_(\w+)Tensor", n) for n in names)
+    library = loaded_library()
+    return {
+        "version": importlib.metadata.version("horovod"),
+        "mpi": bool(hvd.mpi_built()),
+        "nccl": bool(hvd.nccl_built()),
+        "gloo": bool(hvd.gloo_built()),
+        "dtypes": sorted(match[1].lower() for match in found if match and "_" not in match[1]),
+        "mpi_library": None if library is None else str(library),
+    }
 
 
 def _load() -> ModuleType:

@@ -27,7 +27,7 @@ class Topology:
                 f"a topology needs at least one rank and one host name for each; got "
                 f"{len(self.node_of)} node numbers and {len(self.hosts)} host names"
             )
-        if self.node_of != _numbered(self.node_of):
+        if self.node_of != numbered(self.node_of):
             raise ValueError(
                 f"nodes are numbered 0, 1, ... by first appearance; got {self.node_of}; "
                 "Topology.from_labels numbers any labels"
@@ -36,7 +36,7 @@ class Topology:
     @staticmethod
     def from_labels(labels: Sequence[Hashable], hosts: Sequence[str] | None = None) -> Topology:
         """Ranks with equal labels share a node; hosts default to node0, node1, ..."""
-        node_of = _numbered(labels)
+        node_of = numbered(labels)
         return Topology(node_of, tuple(hosts or (f"node{node}" for node in node_of)))
 
     @property
@@ -125,7 +125,8 @@ class Topology:
         return mates * slice_bytes, (self.size - 1 - mates) * slice_bytes
 
 
-def _numbered(labels: Sequence[Hashable]) -> tuple[int, ...]:
+def numbered(labels: Sequence[Hashable]) -> tuple[int, ...]:
+    """Label -> number, by first appearance. Local."""
     numbers: dict[Hashable, int] = {}
     return tuple(numbers.setdefault(label, len(numbers)) for label in labels)
 

@@ -23,7 +23,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"__main__", "__init__"},
     {"cli"},
+    {"commands"},
     {"api", "drop_in"},
+    {"launch", "doctor"},
     {"train", "assemble"},
     {"session"},
     {"config", "journal", "hardware", "place"},
@@ -41,8 +43,8 @@ METHOD_TRANSPORT = {"transport.communicator", "transport.topology"}
 """What exchange, sync, batch and everything below see of the transport."""
 RUN_TRANSPORT = {"transport.abort", "transport.launcher", "transport.watchdog"}
 """What the modules of a run see besides; none of these loads MPI."""
-PICKS_TRANSPORT = {"api", "drop_in", "hardware"}
-"""Who chooses between threads, mpi, hvd and nccl."""
+PICKS_TRANSPORT = {"api", "drop_in", "hardware", "doctor"}
+"""Who chooses between threads, mpi, hvd and nccl, or examines them."""
 
 METHOD_ROOMS = {"exchange", "batch"}
 

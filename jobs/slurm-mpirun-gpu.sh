@@ -1,0 +1,117 @@
+#!/bin/bash
+# Trains configs/novels-gpt.toml on 2 x 4 ranks. Written by
+#     hpctrain submit configs/novels-gpt.toml --scheduler slurm --launcher mpirun --nodes 2 --gpus-per-node 4 --cpus-per-rank 12 --time 1d --after-stop chain --set lr.base=0.0006 --env HPCTRAIN_DATA=/scratch/data --directive=--constraint=a100
+# for the site generic-slurm (any SLURM cluster, Open MPI over PMIx).
+# It is yours to keep and to change. Submit it in the folder where it was written:
+#     sbatch runs/novels-gpt.job/job-001.sh
+# See how it stands: hpctrain status runs/novels-gpt
+# Save and end it for good: hpctrain stop runs/novels-gpt
+#SBATCH --job-name=novels-gpt
+#SBATCH --output=runs/novels-gpt.job/slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=12
+#SBATCH --time=1-00:00:00
+#SBATCH --gpus-per-node=4
+#SBATCH --constraint=a100
+
+limit_s=86400  # the time limit above, in seconds
+ranks_per_node=4
+max_attempts=20  # starts of this run, the first included
+max_failures=2  # starts after a failure (a lost node), in a row
+script=runs/novels-gpt.job/job-001.sh  # submitted again: correct it if you move it
+out=runs/novels-gpt  # the run folder
+failures=runs/novels-gpt.job/failures  # a file with a number
+
+told=  # not empty: somebody ended the job
+launcher=
+# Both ask the ranks to save and stop; TERM (scancel, the time limit) for good.
+trap '[ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null' USR1
+trap 'told=yes; kill -USR1 $$' TERM
+
+# Set-up. No `set -u` here: activation scripts often use variables that are not set.
+export PATH=/home/me/hpctrain/bin:"$PATH"  # of the hpctrain that wrote this
+export HPCTRAIN_DATA=/scratch/data
+set -u
+
+job="$SLURM_JOB_ID"
+attempt=$((${HPCTRAIN_ATTEMPT:-1} + ${SLURM_RESTART_COUNT:-0}))
+unset HPCTRAIN_ATTEMPT
+cache="${TMPDIR:-/tmp}/hpctrain-cache-$(id -u)"
+export XDG_CACHE_HOME="$cache"
+export MIOPEN_USER_DB_PATH="$cache/miopen"
+export MPLCONFIGDIR="$cache/matplotlib"
+export TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
+export TRITON_CACHE_DIR="$cache/triton"
+export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK" PYTHONUNBUFFERED=1
+
+for program in mpirun hpctrain; do
+    if ! command -v "$program" >/dev/null; then
+        echo "job $job: no $program on PATH after the set-up" >&2
+        exit 69
+    fi
+done
+ranks=$((SLURM_JOB_NUM_NODES * ranks_per_node))
+launch=(mpirun -n "$ranks")
+launch+=(--map-by "ppr:$ranks_per_node:node" --bind-to none)
+for name in PATH LD_LIBRARY_PATH PYTHONPATH HPCTRAIN_DATA XDG_CACHE_HOME MIOPEN_USER_DB_PATH MPLCONFIGDIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR OMP_NUM_THREADS PYTHONUNBUFFERED "${!HPCTRAIN_@}"; do
+    [ -z "${!name+set}" ] || launch+=(-x "$name")
+done
+train=(hpctrain train)
+train+=(configs/novels-gpt.toml)
+train+=(--set=lr.base=0.0006)
+train+=(--out="$out" --resume=auto)
+# hpctrain reads SLURM_JOB_END_TIME, which SLURM sets from 23.02 on.
+[ -n "${SLURM_JOB_END_TIME:-}" ] || train+=(--walltime="$((limit_s - SECONDS))")
+
+echo "job $job: attempt $attempt, $(date)"
+"${launch[@]}" "${train[@]}" &
+launcher=$!
+while :; do
+    wait "$launcher"  # a trapped signal ends it early
+    kill -0 "$launcher" 2>/dev/null || break
+done
+wait "$launcher"  # its own exit code, also if a signal came in the last moment
+rc=$?
+echo "job $job: attempt $attempt ended with $rc, $(date)"
+
+if [ -n "$told" ]; then
+    echo "job $job: told to end; submit the script again to go on"
+    exit "$rc"
+fi
+[ "$attempt" -gt 1 ] || rm -f "$failures"
+case "$rc" in
+    0)
+        rm -f "$failures"
+        exit 0
+        ;;
+    75) # stopped early with a good checkpoint
+        rm -f "$failures"
+        if [ -e "$out/STOP" ]; then
+            echo "job $job: ended by hpctrain stop; submit the script again to go on"
+            exit "$rc"
+        fi
+        ;;
+    2 | 65 | 69 | 70 | 73 | 78 | 126 | 127)
+        # hpctrain or the shell has said why; the same again would end the same way
+        exit "$rc"
+        ;;
+    *) # ranks or the launcher were killed
+        failed=$(($(cat "$failures" 2>/dev/null || echo 0) + 1))
+        if [ ! -d "$out/checkpoints" ] || [ "$failed" -gt "$max_failures" ]; then
+            echo "job $job: not started again after failure $failed ($rc)"
+            exit "$rc"
+        fi
+        echo "$failed" >"$failures"
+        ;;
+esac
+if [ "$attempt" -ge "$max_attempts" ]; then
+    echo "job $job: $max_attempts attempts are over; submit the script again to go on"
+    exit "$rc"
+fi
+unset SLURM_RESTART_COUNT  # it would reach the next job
+sbatch --export=ALL,HPCTRAIN_ATTEMPT="$((attempt + 1))" "$script"
+exit "$rc"
