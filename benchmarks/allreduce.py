@@ -206,7 +206,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "hpctrain"
+    matplotlib.rcParams.update({"svg.hashsalt": "hpctrain", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
     sizes = list(record["floor_s"])
