@@ -20,10 +20,10 @@ ifneq ($(origin CXX),default)
 export CXX
 endif
 
-.PHONY: help setup demo test unit faults ranks check format horovod clean
+.PHONY: help setup demo test unit faults ranks cluster-smoke test-cluster check format horovod clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: ## Make or renew .venv: torch, an MPI, Horovod, hpctrain (minutes once, then an instant)
 	@tools/setup
@@ -52,6 +52,17 @@ ranks: setup ## Run the tests under mpirun with 1, 2, 3 and 4 ranks (SIZES="2 4"
 	    tools/launch $$size -- $(BIN)/python -m pytest --color=$$color tests/ranks $(ARGS) || { \
 	    code=$$?; echo "make ranks: failed with $$size rank(s), code $$code" >&2; exit $$code; }; \
 	done
+
+# Both need root, and install packages (Debian) where they lack some.
+CLUSTER = PATH="$(CURDIR)/$(BIN):$$PATH" HPCTRAIN_REQUIRE_CLUSTER=1 OMP_NUM_THREADS=1 \
+  $(BIN)/python -m pytest tests/cluster
+
+cluster-smoke: setup ## On four virtual nodes: train, stop and resume under SLURM (root)
+	@$(BIN)/python -m tests.cluster.packages && $(CLUSTER) -m smoke $(ARGS)
+
+test-cluster: setup ## All tests on virtual nodes: SLURM, PBS, Apptainer (root, up to 30 minutes)
+	@$(BIN)/python -m tests.cluster.packages && $(BIN)/python -m tests.cluster.images.install && \
+	  $(CLUSTER) --durations=15 $(ARGS)
 
 check: setup ## Check format, lint and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

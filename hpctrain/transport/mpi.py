@@ -31,6 +31,8 @@ __all__ = ["MPI", "MpiReducer", "facts", "guard", "start"]
 
 _PATIENCE_S = 3.0
 """How long a rank that exits with an error waits for the others to exit too."""
+_AFTER_INIT_S = 0.5
+"""How long ranks of srun and Open MPI 5 keep silent after MPI_Init, see `start`."""
 
 
 class _Started:
@@ -60,6 +62,10 @@ def start() -> MpiCommunicator:
         choice = algorithm.choose(library, os.environ, files)
         with algorithm.applied(choice):
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        if launch.family in ("slurm", "pmix") and library.startswith("Open MPI v5"):
+            # A rank that is still inside MPI_Init crashes when a message of a faster one arrives
+            # (open-mpi/ompi issue 12495); ranks that srun started leave it at different times.
+            time.sleep(_AFTER_INIT_S)
         atexit.register(_finalize)
         _Started.allreduce = choice.report
     check_launch(launch, MPI.COMM_WORLD.Get_size(), library)

@@ -39,10 +39,6 @@ steps = {steps}
 """
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "smoke: the short tour of the virtual cluster (CI)")
-
-
 def refuse(reason: str) -> None:
     """Skip, or fail where the cluster is required (CI sets HPCTRAIN_REQUIRE_CLUSTER=1)."""
     if os.environ.get("HPCTRAIN_REQUIRE_CLUSTER") == "1":
