@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.conftest import Site, last_step, losses, status
+from tests.cluster.conftest import SWITCHES, Site, last_step, losses, status
 from tests.cluster.slurm import Slurm
 
 STEPS = 60
@@ -159,3 +160,30 @@ def test_an_impossible_job_is_refused_before_it_is_queued(site: Site, slurm: Slu
     out, _ = process.communicate()
     assert process.returncode == 69
     assert "--test-only" in out
+
+
+def test_topology_has_the_switches_that_every_rank_proves(site: Site, slurm: Slurm) -> None:
+    step = ["srun", "--mpi=pmix", "-N4", "-n8", "--ntasks-per-node=2"]
+    draw = ["hpctrain", "topology", "--groups", "switch", "--json"]
+    found = json.loads(slurm.call(*step, *draw, cwd=site.folder))
+    assert [node["host"] for node in found["nodes"]] == slurm.cluster.plan.names
+    assert [node["switches"][-1] for node in found["nodes"]] == list(SWITCHES.values())
+    assert found["groups"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("by", ["slurm", "agent"])
+def test_addresses_of_ranks_that_mpirun_starts(by: str, site: Site, slurm: Slurm) -> None:
+    """SLURM tells mpirun's daemons where each is; those an agent starts repeat mpirun's own."""
+    script = site.folder / "job.sh"
+    agent = "export OMPI_MCA_plm=rsh PRTE_MCA_plm=ssh\n" if by == "agent" else ""
+    start = "mpirun -n 4 --map-by ppr:1:node hpctrain topology --json"
+    script.write_text(f"#!/bin/sh\n{agent}{start}\n")
+    job = slurm.sbatch("-N4", "--ntasks-per-node=1", "--output=out", script.name, cwd=site.folder)
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    found = json.loads((site.folder / "out").read_text())
+    switches = [node["switches"] for node in found["nodes"]]
+    if by == "slurm":
+        assert [path[-1] for path in switches] == list(SWITCHES.values())
+    else:
+        assert switches == [None] * 4
+        assert "node1" in found["switches_unknown"]
