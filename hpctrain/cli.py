@@ -38,6 +38,8 @@ EPILOG = """Examples:
   mpirun -n 4 hpctrain train my.toml --out runs/a --resume auto
   hpctrain check my.toml --set lr.base=0.3              validate without MPI
   hpctrain config > my.toml                             start from the built-in one
+  mpirun -n 4 hpctrain doctor                           what would go wrong here, and the fix
+  hpctrain submit my.toml --scheduler slurm --nodes 4 --time 4h
 
 Exit codes: 0 complete, 2 usage, 65 data, 69 backend unavailable, 70 internal, 73 cannot write,
 75 stopped early with a good checkpoint (run again with --resume auto), 78 configuration,

@@ -1,6 +1,6 @@
 """Job scripts for PBS Pro and OpenPBS, and what its commands say.
 
-Why a script looks as it does (design/operations.md 3, measured on OpenPBS 23.06):
+Why a script looks as it does (measured on OpenPBS 23.06):
 
 - No signals: `qsig -s USR1` kills the login shell around the script and with it the job. The ranks
   know the deadline (--walltime), and a person uses `hpctrain stop`.

@@ -1,6 +1,6 @@
 """Job scripts for SLURM, and what its commands say.
 
-Why a script looks as it does (design/operations.md 2, SLURM 22.05 to 24.11):
+Why a script looks as it does (measured on SLURM 22.05; read up to 24.11):
 
 - `--signal=USR1@N` reaches the ranks of srun; with mpirun only the batch shell (`B:`) may get it,
   which passes it on, since SLURM's own signal would go to all processes at once.

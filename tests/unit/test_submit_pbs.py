@@ -148,7 +148,7 @@ def test_a_comment_that_cannot_be_read_is_no_error():
             pbs_scripts.comment(text)
 
 
-# What the server itself does: the measured facts of design/operations.md, section 3.
+# What the server itself does, as it was measured on a real one.
 
 
 def test_usr1_kills_the_login_shell_and_with_it_the_job(pbs):
