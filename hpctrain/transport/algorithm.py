@@ -4,7 +4,9 @@ Open MPI's own choice at these sizes is not a ring between nodes and costs up to
 link's limit (docs/operations.md). Its `tuned` component reads a file of rules when MPI starts:
 from `RING_FROM_BYTES` on the ring runs, below it the library decides as always. In Open MPI 5 the
 hierarchical component `han` would keep the all-reduce between nodes away from `tuned`, so it gets
-a file of rules too, which hands big all-reduces of the whole communicator on to `tuned`.
+a file of rules too, which hands big all-reduces of the whole communicator on to `tuned`. Where
+Open MPI 4 launches a program of Open MPI 5 (an image on a host that is older), `han` hangs in the
+first collective between nodes, so there it is switched off.
 
 Over TCP, Open MPI asks the receiver before it sends more than 64 KiB, and the answer waits behind
 whatever else leaves that node: milliseconds per ring step on a loaded link. Ring steps of up to
@@ -24,6 +26,8 @@ from pathlib import Path
 RING_FROM_BYTES = 1 << 20
 EAGER_BYTES = 2 << 20
 _HEADER_BYTES = 4096
+_ORTE = "OMPI_MCA_orte_"
+"""What the mpirun of Open MPI 4 sets for its ranks, and that of 5 does not."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ def choose(library: str, environ: Mapping[str, str], configuration: Sequence[Pat
             return Choice({}, others, f"as the site set it ({title}: {line} in {path})")
     files = {"OMPI_MCA_coll_tuned_dynamic_rules_filename": tuned_rules()}
     variables = {"OMPI_MCA_coll_tuned_use_dynamic_rules": "1"} | others
-    if version[1] == "5":
+    if version[1] == "5" and any(name.startswith(_ORTE) for name in environ):
+        variables["OMPI_MCA_coll_han_priority"] = "0"
+    elif version[1] == "5":
         files["OMPI_MCA_coll_han_dynamic_rules_filename"] = han_rules()
         variables["OMPI_MCA_coll_han_use_dynamic_file_rules"] = "1"
     return Choice(

@@ -69,6 +69,8 @@ def start_node(plan: Plan, name: str) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     pid = children[0]
     number = plan.names.index(name) + 1
+    # The kernel takes its time to remove a dead node's link.
+    subprocess.run(["ip", "link", "delete", f"up{number}"], capture_output=True)
     _ip("link", "add", f"up{number}", "type", "veth", "peer", "name", f"peer{number}")
     _ip("link", "set", f"peer{number}", "netns", pid)
     _ip("link", "set", f"up{number}", "master", "br0", "up")

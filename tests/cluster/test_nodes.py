@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import cluster as module
-from tests.cluster.cluster import ROOT, Cluster, ClusterError
-from tests.cluster.conftest import Site, losses
+from tests.cluster.cluster import ROOT, Cluster, ClusterError, missing
+from tests.cluster.conftest import Site, losses, refuse
 from tests.cluster.plan import Plan
 
 
@@ -71,18 +71,22 @@ def test_bytes_over_a_link_are_those_of_the_algorithm(cluster: Cluster) -> None:
             assert ring < later - earlier < 1.12 * ring + 1.5e6
 
 
-def test_a_node_dies_and_comes_back(cluster: Cluster) -> None:
-    cluster.kill_node("node2")
-    with pytest.raises(ClusterError, match="node2 is down"):
-        cluster.on("node2", ["true"])
-    with pytest.raises(ClusterError, match="code"):
-        cluster.on("node1", ["python3", "-c", "import socket; socket.create_connection("
-                             "('node2', 22), timeout=0.3)"])  # fmt: skip
-    cluster.start_node("node2")
-    assert cluster.on("node2", ["hostname"]).strip() == "node2"
-    sent, received = cluster.link_bytes()["node2"]
-    assert sent < 10_000
-    assert received < 10_000
+def test_a_node_dies_and_comes_back() -> None:
+    """On a cluster of its own: SLURM's daemon would die along."""
+    if reason := missing():
+        refuse(reason)
+    with Cluster.up(2, "none") as cluster:
+        cluster.kill_node("node2")
+        with pytest.raises(ClusterError, match="node2 is down"):
+            cluster.on("node2", ["true"])
+        call = "import socket; socket.create_connection(('node2', 22), timeout=0.3)"
+        with pytest.raises(ClusterError, match="code 1"):
+            cluster.on("node1", [sys.executable, "-c", call])
+        cluster.start_node("node2")
+        assert cluster.on("node2", ["hostname"]).strip() == "node2"
+        sent, received = cluster.link_bytes()["node2"]
+        assert sent < 10_000
+        assert received < 10_000
 
 
 CRASHES = """

@@ -68,6 +68,17 @@ def test_the_sites_configuration_wins(tmp_path: Path) -> None:
     assert str(path) in choice.report
 
 
+def test_under_the_launcher_of_open_mpi_4_han_is_off() -> None:
+    choice = choose(OPEN_MPI_5, {"OMPI_MCA_orte_launch": "1"}, [])
+    assert choice.variables["OMPI_MCA_coll_han_priority"] == "0"
+    assert list(choice.files) == ["OMPI_MCA_coll_tuned_dynamic_rules_filename"]
+    assert "OMPI_MCA_coll_han_priority" not in choose(OPEN_MPI_5, {}, []).variables
+    assert (
+        "OMPI_MCA_coll_han_priority"
+        not in choose(OPEN_MPI_4, {"OMPI_MCA_orte_launch": "1"}, []).variables
+    )
+
+
 def test_a_site_that_tuned_its_tcp_keeps_it(tmp_path: Path) -> None:
     name = "OMPI_MCA_btl_tcp_eager_limit"
     assert not choose(OPEN_MPI_5, {name: "65536"}, []).variables.keys() & EAGER.keys()
