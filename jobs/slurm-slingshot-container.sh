@@ -116,7 +116,5 @@ if [ "$attempt" -ge "$max_attempts" ]; then
     exit "$rc"
 fi
 echo "job $job: back into the queue"
-scontrol requeue "$job" || exit "$rc"
-# SLURM now ends this script. If it left by itself, its code could end the job.
-for _ in {1..60}; do [ -n "$told" ] || sleep 1; done
+scontrol requeue "$job"  # the last action: SLURM now ends this script
 exit "$rc"

@@ -4,8 +4,7 @@ Why a script looks as it does (measured on SLURM 22.05; read up to 24.11):
 
 - `--signal=USR1@N` reaches the ranks of srun; with mpirun only the batch shell (`B:`) may get it,
   which passes it on, since SLURM's own signal would go to all processes at once.
-- `scontrol requeue` ends the running job at once, so it is the last thing a script does; a script
-  that leaves before SLURM has come to end it is taken for a job that failed.
+- `scontrol requeue` ends the running job at once, so it is the last thing a script does.
 - srun takes the cores of a rank from its command line: whether it inherits them changed twice.
 - Without `--open-mode=append` a requeued job truncates its own log.
 """
@@ -53,9 +52,7 @@ def render(job: Job, site: Site) -> str:
             ),
             requeue=(
                 'echo "job $job: back into the queue"',
-                'scontrol requeue "$job" || exit "$rc"',
-                "# SLURM now ends this script. If it left by itself, its code could end the job.",
-                'for _ in {1..60}; do [ -n "$told" ] || sleep 1; done',
+                'scontrol requeue "$job"  # the last action: SLURM now ends this script',
             ),
             chain=(
                 "unset SLURM_RESTART_COUNT  # it would reach the next job",
