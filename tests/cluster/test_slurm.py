@@ -36,8 +36,12 @@ def reach(slurm: Slurm, job: str, run: Path, step: int, limit_s: float = 90) -> 
 
 
 def at_once(slurm: Slurm, job: str) -> None:
-    """A requeued job may start now: SLURM otherwise holds it back for two minutes."""
+    """A requeued job may start soon: SLURM otherwise holds it back for two minutes.
+
+    In the second in which they ended it, the nodes take the same job for a revoked one.
+    """
     slurm.wait(job, ["PENDING"])
+    time.sleep(3)
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
