@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster, missing
 from tests.cluster.slurm import Slurm
+from tests.recorded import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = {"node1": "leaf1", "node2": "leaf1", "node3": "leaf2", "node4": "leaf2"}
@@ -103,20 +104,6 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path, slurm: Slurm) -> Site:
     return Site(tmp_path, slurm)
-
-
-def lines(run: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """The run's recorded lines of one kind."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [record for record in records if record["kind"] == kind]
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss by step; of a step taken twice, the last."""
-    return {line["step"]: line["loss"] for line in lines(run)}
 
 
 def last_step(run: Path) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.conftest import Site, losses
+from tests.cluster.conftest import Site
 from tests.cluster.images.build import Image, image
 from tests.cluster.slurm import Slurm
+from tests.recorded import losses
 
 # The image is built where the cache has none of this state of the project: minutes.
 pytestmark = pytest.mark.timeout(1500)

@@ -14,8 +14,9 @@ import pytest
 
 from tests.cluster import cluster as module
 from tests.cluster.cluster import ROOT, Cluster, ClusterError, missing
-from tests.cluster.conftest import Site, losses, refuse
+from tests.cluster.conftest import Site, refuse
 from tests.cluster.plan import Plan
+from tests.recorded import losses
 
 
 @pytest.mark.smoke

@@ -13,7 +13,8 @@ from pbs_fake import Pbs
 
 from tests.cluster import launchers
 from tests.cluster.cluster import Cluster
-from tests.cluster.conftest import ROOT, Site, last_step, losses
+from tests.cluster.conftest import ROOT, Site, last_step
+from tests.recorded import losses
 
 STEPS = 180
 DRAIN = "import sys, pathlib, pbs_fake; pbs_fake.Pbs(pathlib.Path(sys.argv[1])).drain()"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.conftest import SWITCHES, Site, last_step, losses, status
+from tests.cluster.conftest import SWITCHES, Site, last_step, status
 from tests.cluster.slurm import Slurm
+from tests.recorded import losses
 
 STEPS = 60
 FOUR = ("--nodes", "4", "--time", "10m")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,9 +9,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.recorded import lines
 
 ROOT = Path(__file__).resolve().parents[2]
 HPCTRAIN = (sys.executable, "-m", "hpctrain")
@@ -121,20 +121,6 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     yield jobs
     for job in jobs.started:
         job.kill()
-
-
-def lines(run: Path, kind: str = "step") -> list[dict[str, Any]]:
-    """The run's recorded lines of one kind."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return [record for record in records if record["kind"] == kind]
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Loss by step."""
-    return {line["step"]: line["loss"] for line in lines(run)}
 
 
 def wait_for_step(run: Path, step: int, job: Job, limit_s: float = 60) -> None:

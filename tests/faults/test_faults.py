@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hpctrain.runs import report
-from tests.faults.conftest import HPCTRAIN, ROOT, Jobs, lines, losses, wait_for_step
+from tests.faults.conftest import HPCTRAIN, ROOT, Jobs, wait_for_step
+from tests.recorded import lines, losses
 
 SLOW = '[model]\nkind = "misbehaving:calm"\n[model.args]\nsleep_s = 0.05\njitter_s = 0.005\n'
 
