@@ -47,10 +47,13 @@ def missing() -> str | None:
 class Cluster:
     """A running virtual cluster. All methods are called from outside of it."""
 
-    def __init__(self, plan: Plan, pid: int) -> None:
+    def __init__(self, plan: Plan, pid: int, process: subprocess.Popen[str] | None = None) -> None:
         self.plan = plan
         self.pid = pid
         """Process 1 of the cluster, as numbered outside."""
+        self.links: list[links.Link] = []
+        """As measured by `up`."""
+        self._process = process
 
     @staticmethod
     def up(
@@ -110,8 +113,7 @@ class Cluster:
             shutil.rmtree(home, ignore_errors=True)
             raise ClusterError(f"the cluster did not start:\n{text}")
         process.stdout.close()
-        cluster = Cluster(plan, _children(process.pid)[0])
-        cluster._process = process
+        cluster = Cluster(plan, _children(process.pid)[0], process)
         plan.path("cluster.json").write_text(
             json.dumps({"pid": cluster.pid, "started": _started(cluster.pid)})
         )
@@ -122,9 +124,6 @@ class Cluster:
             cluster.down()
             raise
         return cluster
-
-    _process: subprocess.Popen[str] | None = None
-    links: list[links.Link] = []
 
     @staticmethod
     def find(folder: Path) -> Cluster | None:

@@ -17,6 +17,8 @@ from tests.cluster.plan import HEAD
 _TOOLS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "munged": "munge"}
 _PMIX = Path("/usr/lib", f"{os.uname().machine}-linux-gnu", "pmix2/lib/libpmix.so")
 """What Debian's SLURM loads for --mpi=pmix."""
+CPUS = 4
+"""Of each node, as SLURM counts them; they need not exist."""
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
@@ -25,8 +27,6 @@ class Slurm:
 
     Args:
         cluster: where to start it.
-        cpus: of each node as SLURM counts them (they need not exist).
-        settings: lines of slurm.conf that differ, such as {"RequeueExit": "75"}.
         topology: node name -> switch name; gives SLURM_TOPOLOGY_ADDR a tree.
     """
 
@@ -34,8 +34,6 @@ class Slurm:
         self,
         cluster: Cluster,
         *,
-        cpus: int = 4,
-        settings: Mapping[str, str] = {},  # noqa: B006
         topology: Mapping[str, str] = {},  # noqa: B006
     ) -> None:
         if reason := Slurm.missing():
@@ -45,7 +43,7 @@ class Slurm:
         self._folder = self._conf.parent
         for part in ("state", *(f"spool-{n}" for n in cluster.plan.names)):
             (self._folder / part).mkdir(parents=True, exist_ok=True)
-        self._conf.write_text(self._configuration(cpus, dict(settings), bool(topology)))
+        self._conf.write_text(self._configuration(bool(topology)))
         (self._folder / "topology.conf").write_text(_switches(topology))
 
     @staticmethod
@@ -154,7 +152,7 @@ class Slurm:
             stderr=subprocess.DEVNULL,
         )
 
-    def _configuration(self, cpus: int, settings: dict[str, str], tree: bool) -> str:
+    def _configuration(self, tree: bool) -> str:
         plan, folder = self.cluster.plan, self._folder
         rows = {
             "ClusterName": "virtual",
@@ -183,12 +181,11 @@ class Slurm:
             "InactiveLimit": "0",
             "SchedulerParameters": "sched_interval=2,bf_interval=2",
             **({"TopologyPlugin": "topology/tree"} if tree else {}),
-            **settings,
         }
         lines = [f"{name}={value}" for name, value in rows.items()]
         for name in plan.names:
             lines.append(
-                f"NodeName={name} NodeAddr={plan.address(name)} CPUs={cpus} RealMemory=4000"
+                f"NodeName={name} NodeAddr={plan.address(name)} CPUs={CPUS} RealMemory=4000"
             )
         lines.append(
             "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO"
