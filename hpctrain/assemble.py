@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,11 @@ from hpctrain.data.order import SampleOrder
 from hpctrain.data.partition import shards_of
 from hpctrain.data.spec import DataSets
 from hpctrain.errors import ConfigError
-from hpctrain.exchange.dense import DenseExchange, buckets_of
+from hpctrain.exchange.setting import Setting
 from hpctrain.hardware import choose_device, choose_threads, make_reducer
 from hpctrain.journal import Journal
 from hpctrain.models.flat import FlatModel
+from hpctrain.optimiser import AppliedUpdate
 from hpctrain.place import Place, claimed
 from hpctrain.randomness import RandomState
 from hpctrain.runs import environment, restore
@@ -95,18 +97,19 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         data = run.data.load(comm.node(), run.seed)
         random = RandomState(run.seed, comm.rank)
         flat = build_model(run, data, device, random, comm)
-        buckets = buckets_of(run.exchange, flat)
-        names = [bucket.name for bucket in buckets]
-        reducer = make_reducer(run.exchange, names, comm, device, run.watchdog.warn_s)
+        reducers = partial(
+            make_reducer, comm=comm, device=device, stall_check_s=run.watchdog.warn_s
+        )
+        exchange = run.exchange.build(Setting(flat, comm, reducers, run.optimiser))
         watchdog = Watchdog(
             comm,
-            names,
+            exchange.bucket_names,
             run.watchdog.warn_s,
             run.watchdog.abort_s or None,
             lambda text: print(f"hpctrain: {text}", file=sys.stderr, flush=True),
             world.abort,
             heartbeat_s=run.watchdog.heartbeat_s,
-            bucket=lambda: reducer.current if reducer else -1,
+            bucket=lambda: exchange.current,
         )
         clock = Clock.of(run.train, len(data.train), run.batch.batch_global)
         shards = shards_of(run.data, data.train, comm.size, run.seed)
@@ -118,8 +121,10 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             data=data,
             loader=Loader(data.train, order, run.batch.micro_batch, run.data.prefetch, device),
             flat=flat,
-            optimiser=run.optimiser.build(flat),
-            exchange=DenseExchange(flat, buckets, reducer),
+            optimiser=(
+                AppliedUpdate() if exchange.gives == "update" else run.optimiser.build(flat)
+            ),
+            exchange=exchange,
             policy=run.batch.build(),
             lr=run.lr,
             clock=clock,
@@ -132,15 +137,14 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         )
         random.seed_rank(0)
         if place and place.checkpoint:
-            session.load(restore.load(place.checkpoint.path, comm.rank, comm.size))
+            session.load(restore.load(place.checkpoint.path, comm.rank, comm.size, session.parts()))
             if place.checkpoint.size != comm.size:
                 random.seed_rank(clock.samples)
         if comm.rank == 0:
             session.journal = open_journal(session, place, local)
-            algorithm = reducer.algorithm if reducer else "none: one rank"
-            session.journal.say(header(loaded, session, threads, algorithm, place))
+            session.journal.say(header(loaded, session, threads, place))
             if place:
-                facts = {"allreduce_of_buckets": algorithm, "device": str(device)} | world.facts()
+                facts = {"exchange": exchange.algorithm, "device": str(device)} | world.facts()
                 place.folder.begin(to_toml(run), environment.collect(comm.topology, facts))
                 session.journal.start(clock, place.checkpoint)
         if place:
@@ -167,7 +171,9 @@ def build_model(
     """
     random.seed_model()
     dtype = torch.float64 if run.train.dtype == "float64" else torch.float32
-    flat = FlatModel(run.model.build(data.spec).to(device=device, dtype=dtype))
+    flat = FlatModel(
+        run.model.build(data.spec).to(device=device, dtype=dtype), run.exchange.comes_last
+    )
     flat.broadcast(comm)
     return flat
 
@@ -218,12 +224,9 @@ def open_journal(session: Session, place: Place | None, local: ExitStack) -> Jou
     return Journal(progress, session.comm.size, record.every_steps, folder, recorder, tensorboard)
 
 
-def header(
-    loaded: Loaded, session: Session, threads: int, algorithm: str, place: Place | None
-) -> list[str]:
+def header(loaded: Loaded, session: Session, threads: int, place: Place | None) -> list[str]:
     """Local. What a person sees first: the run in equations."""
     run, data, comm = loaded.run, session.data, session.comm
-    exchange = run.exchange
     where = f"{comm.topology.describe()}, {session.device}"
     if session.device.type == "cpu":
         where += f", {threads} thread{'s' if threads > 1 else ''} per rank"
@@ -234,7 +237,7 @@ def header(
         f"{len(data.test):,} held out, {data.nbytes / 1e6:,.1f} MB per node",
         f"model     {run.model.kind}: {session.flat.n_params:,} parameters, {run.train.dtype}",
         f"batch     {batch_equation(run.batch.batch_global, comm.size)}",
-        f"exchange  {exchange.kind}, {exchange.dense_backend}: {algorithm}"
+        f"exchange  {run.exchange.kind}, {session.exchange.algorithm}"
         if comm.size > 1
         else "exchange  nothing to exchange: one rank",
     ]

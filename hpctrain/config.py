@@ -71,16 +71,7 @@ class Run(Table):
 
     @model_validator(mode="after")
     def _combinations(self) -> Run:
-        wire, backend = self.exchange.wire_dtype, self.exchange.dense_backend
-        if self.train.dtype == "float64" and wire != "native":
-            raise ValueError(
-                f'exchange.wire_dtype = "{wire}" would round train.dtype = "float64"; use "native"'
-            )
-        if backend == "nccl" and self.train.device == "cpu":
-            raise ValueError(
-                'exchange.dense_backend = "nccl" moves GPU memory, but train.device = "cpu"; '
-                'use dense_backend = "horovod" or "mpi"'
-            )
+        self.exchange.require_fit(self.train, self.optimiser)
         if self.train.autocast != "off" and self.train.device == "cpu":
             raise ValueError('train.autocast = "bfloat16" needs train.device = "cuda" or "auto"')
         return self

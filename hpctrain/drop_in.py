@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.errors import UsageError
+from hpctrain.errors import NonFinite, UsageError
 from hpctrain.exchange import Exchange, ExchangeConfig
-from hpctrain.exchange.dense import Dense, DenseExchange, buckets_of
+from hpctrain.exchange.dense import Dense
+from hpctrain.exchange.setting import Setting
 from hpctrain.hardware import make_reducer
 from hpctrain.models.flat import FlatModel
 from hpctrain.settings import Watchdog
@@ -62,7 +64,12 @@ class Attached:
         The average is over all samples given to `backward`, or over ranks where the loop calls
         `loss.backward()` itself (each rank then counts the same, as in Horovod and DDP).
         """
-        self._exchange.finish()
+        finite = self._exchange.finish()
+        self._exchange.settle(keep=finite)
+        if not finite:
+            raise NonFinite(
+                "a gradient is inf or NaN; nothing was updated. Lower the step size or clip"
+            )
         # A rank without samples in this step says neither; the others decide.
         count = np.array([self._samples, self._weighted], dtype=np.int64)
         self._comm.allreduce(count)
@@ -90,7 +97,8 @@ def attach(
     Args:
         model: Any module; its trainable parameters share one dtype and device.
         optimizer: Any torch optimiser over those parameters.
-        exchange: `hpctrain.exchange.dense.Dense(...)`; default: Dense() with Horovod.
+        exchange: A table of hpctrain.exchange, such as `Dense(...)`, that gives gradients;
+            default: Dense() with Horovod.
         comm: The ranks; default: all that the launcher started.
 
     Raises:
@@ -108,13 +116,18 @@ def attach(
             f"the optimizer holds {len(strangers)} parameter(s) that the model does not have; "
             "make it from model.parameters()"
         )
-    flat = FlatModel(model)
-    flat.broadcast(comm)
     config = exchange or Dense()
-    buckets = buckets_of(config, flat)
-    names = [bucket.name for bucket in buckets]
-    reducer = make_reducer(config, names, comm, flat.params_P.device, Watchdog().warn_s)
-    running = DenseExchange(flat, buckets, reducer)
+    flat = FlatModel(model, config.comes_last)
+    flat.broadcast(comm)
+    if config.gives == "update":
+        raise UsageError(
+            'the loop\'s own optimizer makes the update, and this exchange gives "update"; give it '
+            'gives = "gradient"'
+        )
+    reducers = partial(
+        make_reducer, comm=comm, device=flat.params_P.device, stall_check_s=Watchdog().warn_s
+    )
+    running = config.build(Setting(flat, comm, reducers))
     try:
         yield Attached(comm, flat, optimizer, running)
     finally:

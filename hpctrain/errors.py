@@ -51,7 +51,7 @@ class WriteError(HpctrainError):
     exit_code = EXIT_CANNOT_WRITE
 
 
-class NonFiniteLoss(HpctrainError):
-    """The loss became inf or NaN; raised before the update, on all ranks alike."""
+class NonFinite(HpctrainError):
+    """The loss or a gradient became inf or NaN; raised before the update, on all ranks alike."""
 
     exit_code = EXIT_INTERNAL

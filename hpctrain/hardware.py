@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -64,7 +65,11 @@ def choose_threads(configured: int | None, comm: Communicator) -> int:
 
 
 def make_reducer(
-    config: Dense, names: list[str], comm: Communicator, device: torch.device, stall_check_s: float
+    config: Dense,
+    names: Sequence[str],
+    comm: Communicator,
+    device: torch.device,
+    stall_check_s: float,
 ) -> DenseReducer | None:
     """Collective. The configured transport of dense sums; None where there is one rank.
 

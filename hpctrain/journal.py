@@ -81,7 +81,13 @@ class Journal:
             )
 
     def step(
-        self, clock: Clock, sums: Sums, batch_global: int, lr: float, source: BytesSource
+        self,
+        clock: Clock,
+        sums: Sums,
+        batch_global: int,
+        lr: float,
+        source: BytesSource,
+        exchange: dict[str, float],
     ) -> None:
         """A step is done. `sums` are cumulative up to the step before."""
         if self._recorder and (
@@ -95,6 +101,7 @@ class Journal:
                 lr=lr,
                 batch_global=batch_global,
                 bytes_source=source,
+                **exchange,
                 **self._rates(sums),
             )
         self._steps += 1

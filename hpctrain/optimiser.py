@@ -201,6 +201,20 @@ class Optimiser:
         return [memory["step"] for memory in self._torch.state.values() if "step" in memory]
 
 
+class AppliedUpdate:
+    """Stands in for an `Optimiser` where the exchange applies its update itself."""
+
+    def step(self, lr: float) -> None:
+        """Nothing is left to do. Local."""
+
+    def state(self) -> State:
+        """Nothing: the memory is the exchange's. Local."""
+        return State()
+
+    def load_state(self, state: State) -> None:
+        """Nothing to take back. Local."""
+
+
 def _runs(flat: FlatModel, decays: list[bool]) -> list[tuple[slice, bool]]:
     """Neighbouring parameters that decay alike, as one slice each."""
     runs: list[tuple[slice, bool]] = []

@@ -26,7 +26,7 @@ from hpctrain.data.spec import DataSets, Spec
 from hpctrain.exchange import Exchange
 from hpctrain.journal import Journal
 from hpctrain.models.flat import FlatModel
-from hpctrain.optimiser import Optimiser
+from hpctrain.optimiser import AppliedUpdate, Optimiser
 from hpctrain.randomness import RandomState
 from hpctrain.runs import signals
 from hpctrain.runs.checkpoint import Checkpointer
@@ -55,7 +55,7 @@ class Session:
     data: DataSets
     loader: Loader
     flat: FlatModel
-    optimiser: Optimiser
+    optimiser: Optimiser | AppliedUpdate
     exchange: Exchange
     policy: BatchPolicy
     lr: LrConfig
@@ -138,7 +138,9 @@ class Session:
     def record_step(self, agreed: Sums, batch_global: int, lr: float, timing: Timing) -> None:
         """Local. Count, write and show a step."""
         ledger = self.comm.ledger
-        self.journal.step(self.clock, agreed, batch_global, lr, ledger.source)
+        self.journal.step(
+            self.clock, agreed, batch_global, lr, ledger.source, self.exchange.tally()
+        )
         self.totals = Sums(
             step_s=self.totals.step_s + timing.step_s,
             compute_s=self.totals.compute_s + timing.compute_s,

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-Placement = Literal["replicated", "per_rank", "shard"]
+Placement = Literal["replicated", "per_rank", "shard", "pieces"]
 """replicated: equal on all ranks; per_rank: each rank its own; shard: contiguous pieces, in rank
-order, of one flat vector."""
+order, of one flat vector; pieces: see `Pieces`."""
 
 Resize = Literal["keep", "sum", "mean", "reset"]
 """What another number of ranks does.
 
 keep: `replicated` and `shard` only; the value is the same whole vector (a shard is re-cut).
 sum: new rank r takes the sum of the old ranks congruent to r modulo the new number of ranks
-     (zeros when there are none), so that the sum over ranks is conserved.
+     (zeros when there are none), so that the sum over ranks is conserved. Of `pieces`, the same
+     with parties in place of ranks.
 mean: every new rank takes the mean over the old ranks.
 reset: the tensor is left out of the loaded state; the component starts it afresh.
 """
@@ -42,14 +43,58 @@ def shard_bounds(n: int, rank: int, size: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Entries of a flat vector: `block` of every `stride`, from `start` on, below `stop`."""
+
+    start: int
+    stop: int
+    block: int
+    stride: int
+
+    @staticmethod
+    def whole(start: int, stop: int) -> Span:
+        """All entries of [start, stop)."""
+        return Span(start, stop, max(stop - start, 1), max(stop - start, 1))
+
+    def indices(self) -> torch.Tensor:
+        """(N,) int64, ascending. Local."""
+        import torch
+
+        starts = torch.arange(self.start, self.stop, self.stride)
+        found = (starts[:, None] + torch.arange(self.block)).flatten()
+        return found[found < self.stop]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A party (some ranks) has one flat vector, and this rank's tensor holds these pieces of it.
+
+    Pieces may overlap: the vector is the sum of all of them, over the party's ranks.
+    """
+
+    party: int
+    parties: int
+    spans: tuple[Span, ...]
+    """The tensor's entries, one span after another."""
+    spare: int = 0
+    """So many of the last spans are zero after a change of parties or spans."""
+
+
+@dataclass(frozen=True)
 class Placed:
     """A tensor with its placement and resize rule."""
 
     tensor: torch.Tensor
     placement: Placement = "replicated"
     resize: Resize = "keep"
+    pieces: Pieces | None = None
+    """With placement "pieces"."""
 
     def __post_init__(self) -> None:
+        if (self.placement == "pieces") != (self.pieces is not None):
+            raise ValueError(f"placement {self.placement} with pieces {self.pieces}")
+        if self.placement == "pieces" and self.resize != "sum":
+            raise ValueError(f"pieces take resize = sum; got {self.resize}")
         if self.placement == "per_rank" and self.resize == "keep":
             raise ValueError("a per_rank tensor needs resize = sum, mean or reset; got keep")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpctrain.control import Maxima, Sums
 from hpctrain.data.loader import Batch
-from hpctrain.errors import NonFiniteLoss
+from hpctrain.errors import NonFinite
 from hpctrain.models.loss import per_sample_loss
 from hpctrain.session import Session, Timing
 
@@ -28,7 +28,7 @@ def run_training(session: Session) -> str | None:
         checkpoint behind them.
 
     Raises:
-        NonFiniteLoss: on all ranks, before the update that would have used it.
+        NonFinite: on all ranks, before the update that would have used it.
         WriteError: a checkpoint could not be written and `checkpoint.on_error = "stop"`.
     """
     while not session.clock.done:
@@ -65,7 +65,7 @@ def train_step(
         What all ranks said, reduced, and this rank's seconds.
 
     Raises:
-        NonFiniteLoss: on all ranks, before the update.
+        NonFinite: on all ranks, before the update.
     """
     fetched = time.perf_counter()
     session.flat.zero_grad()
@@ -73,15 +73,17 @@ def train_step(
     for position, (inputs, targets) in enumerate(batch.micro_batches, start=1):
         session.watchdog.beat(session.clock.step, "compute")
         if position == len(batch.micro_batches):
-            session.exchange.arm()
+            session.exchange.arm(lr)
         losses.append(backward(session, inputs, targets, batch.batch_global))
     loss, correct = torch.stack(losses).sum(0).tolist() if losses else (0.0, 0.0)
     computed = time.perf_counter()
     session.watchdog.beat(session.clock.step, "exchange")
     session.control.start(*session.vote(loss, correct))
-    session.exchange.finish()
+    finite = session.exchange.finish()
     sums, maxima = session.control.wait()
-    if sums.non_finite:
+    finite = finite and not sums.non_finite
+    session.exchange.settle(keep=finite)
+    if not finite:
         refuse_update(session, not math.isfinite(loss))
     exchanged = time.perf_counter()
     session.optimiser.step(lr)
@@ -135,17 +137,20 @@ def evaluate(session: Session) -> None:
 
 
 def refuse_update(session: Session, mine: bool) -> None:
-    """Collective. Name the ranks whose loss is not finite, after the save under way, if any.
+    """Collective. Say what is not finite and on which ranks, after the save under way, if any.
 
     Raises:
-        NonFiniteLoss: always, equal on all ranks.
+        NonFinite: always, equal on all ranks.
     """
     ranks = session.control.ranks_with(mine)
     session.finish_save()
-    raise NonFiniteLoss(
-        f"the loss of step {session.clock.step} is inf or NaN on rank(s) {ranks}; stopped before "
-        "the update. Lower lr.base, lengthen lr.warmup_epochs, set optimiser.clip_norm, or check "
-        "the data; --resume auto starts again from the last checkpoint"
+    what = f"the loss of step {session.clock.step} is inf or NaN on rank(s) {ranks}"
+    if not ranks:
+        what = f"a gradient of step {session.clock.step} is inf or NaN (the losses are finite)"
+    raise NonFinite(
+        f"{what}; stopped before the update. Lower lr.base, lengthen lr.warmup_epochs, set "
+        "optimiser.clip_norm, or check the data; --resume auto starts again from the last "
+        "checkpoint"
     )
 
 

@@ -53,3 +53,34 @@ def make_buckets(
         buckets.append(Bucket(index, start, stop, tuple(group), name))
         stop = start
     return buckets
+
+
+def buckets_with_small(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    small: Sequence[bool],
+    itemsize: int,
+    bucket_bytes: int,
+) -> list[Bucket]:
+    """As `make_buckets`, with all small parameters, which come last, in one last bucket. Local.
+
+    Args:
+        names: Parameter names in the order of the flat vector.
+        sizes: Entries of each parameter, same order.
+        small: Which parameters are small.
+        itemsize: Bytes of one entry.
+        bucket_bytes: Upper limit of a bucket with more than one large parameter.
+
+    Raises:
+        ValueError: a small parameter stands before another one.
+    """
+    if list(small) != sorted(small):
+        raise ValueError("small parameters must come last (FlatModel's `comes_last`)")
+    n_large = len(small) - sum(small)
+    buckets = make_buckets(names[:n_large], sizes[:n_large], itemsize, bucket_bytes)
+    if n_large < len(small):
+        positions = tuple(range(n_large, len(small)))
+        start, stop = sum(sizes[:n_large]), sum(sizes)
+        name = f"{len(positions)} small parameters"
+        buckets.append(Bucket(len(buckets), start, stop, positions, name))
+    return buckets

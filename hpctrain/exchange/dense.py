@@ -15,14 +15,17 @@ differences: buckets are never rebuilt, and they start in index order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
 from hpctrain.exchange.buckets import Bucket, make_buckets
+from hpctrain.exchange.ready import ReadyBuckets
+from hpctrain.exchange.setting import Setting
 from hpctrain.models.flat import FlatModel
+from hpctrain.optimiser import OptimiserConfig
+from hpctrain.settings import Train
 from hpctrain.state import State
 from hpctrain.table import Table
 from hpctrain.transport.communicator import DenseReducer
@@ -41,6 +44,35 @@ class Dense(Table):
     bucket_mib: float = 4.0
     """Largest bucket in MiB: small ones start earlier, large ones use the network better."""
 
+    gives: ClassVar[Literal["gradient"]] = "gradient"
+
+    def comes_last(self, shape: torch.Size) -> bool:
+        """No parameter is treated apart. Local."""
+        return False
+
+    def require_fit(self, train: Train, optimiser: OptimiserConfig) -> None:
+        """Check the tables [train] and [optimiser] against this one. Local.
+
+        Raises:
+            ValueError: with what is allowed.
+        """
+        if train.dtype == "float64" and self.wire_dtype != "native":
+            raise ValueError(
+                f'exchange.wire_dtype = "{self.wire_dtype}" would round train.dtype = "float64"; '
+                'use "native"'
+            )
+        if self.dense_backend == "nccl" and train.device == "cpu":
+            raise ValueError(
+                'exchange.dense_backend = "nccl" moves GPU memory, but train.device = "cpu"; '
+                'use dense_backend = "horovod" or "mpi"'
+            )
+
+    def build(self, setting: Setting) -> DenseExchange:
+        """Collective. The running exchange."""
+        buckets = buckets_of(self, setting.flat)
+        names = [bucket.name for bucket in buckets]
+        return DenseExchange(setting.flat, buckets, setting.make_reducer(self, names))
+
 
 class DenseExchange:
     """Runs the dense exchange of one model. Collective wherever the reducer is.
@@ -56,44 +88,42 @@ class DenseExchange:
     def __init__(
         self, flat: FlatModel, buckets: list[Bucket], reducer: DenseReducer | None
     ) -> None:
-        self._flat = flat
         self._reducer = reducer
-        self._buckets = buckets
         self._views = [flat.grads_P[bucket.start : bucket.stop] for bucket in buckets]
-        self._armed = False
-        self._next = 0
-        self._missing = [0] * len(buckets)
-        self._hooks = [
-            flat.parameters[position].register_post_accumulate_grad_hook(
-                self._make_hook(bucket.index)
-            )
-            for bucket in buckets
-            for position in bucket.parameters
-        ]
+        self._ready = ReadyBuckets(flat, buckets, self._start)
+        self.bucket_names = [bucket.name for bucket in buckets]
+        self.algorithm = f"{reducer.name}: {reducer.algorithm}" if reducer else "none: one rank"
 
-    def arm(self) -> None:
-        """Say that the next backward pass is the step's last. Local."""
-        self._armed = True
-        self._next = 0
-        self._missing = [len(bucket.parameters) for bucket in self._buckets]
+    @property
+    def current(self) -> int:
+        """The bucket that is being waited for, -1 when none."""
+        return self._reducer.current if self._reducer else -1
+
+    def arm(self, lr: float = 1.0) -> None:
+        """Say that the next backward pass is the step's last. Local; `lr` is not used."""
+        self._ready.arm()
 
     def disarm(self) -> None:
         """Take `arm` back: the next backward pass only adds to the gradient. Local."""
-        self._armed = False
+        self._ready.disarm()
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Collective. Wait for the sum; start buckets that backward did not complete."""
-        if not self._armed:
-            self.arm()
-        self._armed = False
-        self._start_through(len(self._buckets))
+        self._ready.finish()
         if self._reducer is not None:
             self._reducer.finish()
+        return True
+
+    def settle(self, *, keep: bool) -> None:
+        """Nothing to keep or to take back. Local."""
+
+    def tally(self) -> dict[str, float]:
+        """Nothing beside the ledger's bytes and seconds. Local."""
+        return {}
 
     def close(self) -> None:
         """Collective. Remove the hooks and end the reducer's threads."""
-        for hook in self._hooks:
-            hook.remove()
+        self._ready.close()
         if self._reducer is not None:
             self._reducer.close()
 
@@ -104,26 +134,9 @@ class DenseExchange:
     def load_state(self, state: State) -> None:
         """Nothing to take back."""
 
-    def _make_hook(self, index: int) -> Callable[[torch.Tensor], None]:
-        def on_gradient(parameter: torch.Tensor) -> None:
-            assert isinstance(parameter, nn.Parameter)
-            if not self._flat.owns_gradient(parameter):
-                self._flat.adopt_gradient(parameter)
-            if not self._armed:
-                return
-            self._missing[index] -= 1
-            ready = self._next
-            while ready < len(self._buckets) and self._missing[ready] <= 0:
-                ready += 1
-            self._start_through(ready)
-
-        return on_gradient
-
-    def _start_through(self, end: int) -> None:
-        while self._next < end:
-            if self._reducer is not None:
-                self._reducer.start(self._next, self._views[self._next])
-            self._next += 1
+    def _start(self, index: int) -> None:
+        if self._reducer is not None:
+            self._reducer.start(index, self._views[index])
 
 
 def buckets_of(config: Dense, flat: FlatModel) -> list[Bucket]:

@@ -2,11 +2,13 @@
 
 The module's parameters become views into `params_P`, their `.grad` views into `grads_P`: backward
 adds into the vector in place, an exchange sends contiguous pieces of it, an optimiser updates it in
-one fused call, and nothing is ever copied together or apart. Order: `named_parameters()`; a tied
-parameter appears once, under its first name.
+one fused call, and nothing is ever copied together or apart. Order: `named_parameters()`, unless an
+exchange wants some last; a tied parameter appears once, under its first name.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,14 @@ class FlatModel:
         params_P, grads_P: the vectors, contiguous, of the parameters' dtype, on their device.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(
+        self, module: nn.Module, comes_last: Callable[[torch.Size], bool] | None = None
+    ) -> None:
         """Local. Overwrites `p.data` and `p.grad` of every trainable parameter; gradients become 0.
+
+        Args:
+            module: The module.
+            comes_last: Whether a parameter of that shape stands behind all others.
 
         Raises:
             ConfigError: no trainable parameter, or not all of one device and of float32 or
@@ -38,6 +46,8 @@ class FlatModel:
         self.module = module
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         _require_uniform(named)
+        if comes_last is not None:
+            named.sort(key=lambda item: comes_last(item[1].shape))
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
         self.shapes = [p.shape for p in self.parameters]
@@ -59,6 +69,17 @@ class FlatModel:
             vector_P[where].view(shape)
             for where, shape in zip(self.slices, self.shapes, strict=True)
         ]
+
+    def place_gradients(self, memory_P: Tensor) -> None:
+        """Make `memory_P` (P,) the gradient vector, zeroed: memory that others read too. Local."""
+        if (memory_P.shape, memory_P.dtype) != (self.grads_P.shape, self.grads_P.dtype):
+            raise ValueError(
+                f"gradients are {tuple(self.grads_P.shape)} {self.grads_P.dtype}; got memory for "
+                f"{tuple(memory_P.shape)} {memory_P.dtype}"
+            )
+        self.grads_P = memory_P.zero_()
+        self._grad_views = dict(zip(self.parameters, self.views(memory_P), strict=True))
+        self.attach_gradients()
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place. Local."""

@@ -52,6 +52,10 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "bytes_sent_intra": ("bytes", f"sent inside nodes, sum over ranks, {_PER_STEP}"),
         "bytes_sent_inter": ("bytes", f"sent between nodes, sum over ranks, {_PER_STEP}"),
         "bytes_source": ("", "counted, formula or link: where the byte counts come from"),
+        "density": ("", "fraction of the gradient's entries that each node (or rank) sent"),
+        "residual_norm": ("", "Euclidean norm of all residuals, in units of the update"),
+        "xi": ("", "of Alistarh et al. 2018, assumption 1, on the steps where it is measured"),
+        "bytes_formula": ("bytes", "that a node sends per step by the exchange's formula"),
         "samples_per_s": ("samples/s", "over all ranks, since the previous step line"),
     },
     "eval": {

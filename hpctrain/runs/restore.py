@@ -12,11 +12,15 @@ from safetensors import safe_open
 from hpctrain.errors import DataError
 from hpctrain.runs.manifest import REPLICATED, STATE, rank_name
 from hpctrain.runs.snapshot import decode
-from hpctrain.state import Placed, Placement, Resize, State, shard_bounds
+from hpctrain.state import Pieces, Placed, Placement, Resize, Span, State, shard_bounds
 
 
-def load(folder: Path, rank: int, size: int) -> dict[str, State]:
+def load(
+    folder: Path, rank: int, size: int, own: dict[str, State] | None = None
+) -> dict[str, State]:
     """The states of all parts for `rank` of `size` ranks. Local: every rank reads for itself.
+
+    `own` are the parts as they start afresh: which pieces of flat vectors this rank has now.
 
     `folder` is a checkpoint that rank 0 has verified (`manifest.latest`). At the number of ranks
     that wrote it every tensor comes back bitwise equal; at another number, by its resize rule
@@ -37,8 +41,11 @@ def load(folder: Path, rank: int, size: int) -> dict[str, State]:
             if size == state["size"] or entry["resize"] == "keep":
                 tensor = _read(folder / REPLICATED, f"{part}/{name}")
                 parts[part].tensors[name] = _placed(tensor, entry)
-    own = _same_size(folder, rank) if size == state["size"] else _resized(folder, state, rank, size)
-    for key, placed in own.items():
+    found = (
+        _same_size(folder, rank) if size == state["size"] else _resized(folder, state, rank, size)
+    )
+    found |= _repieced(folder, state["size"], rank, own or {})
+    for key, placed in found.items():
         part, name = key.split("/", 1)
         parts.setdefault(part, State()).tensors[name] = placed
     return parts
@@ -47,7 +54,59 @@ def load(folder: Path, rank: int, size: int) -> dict[str, State]:
 def _same_size(folder: Path, rank: int) -> dict[str, Placed]:
     table = _table(folder, rank)
     path = folder / f"{rank_name(rank)}.safetensors"
-    return {key: _placed(_read(path, key), entry) for key, entry in table.items()}
+    return {
+        key: _placed(_read(path, key), entry)
+        for key, entry in table.items()
+        if entry["placement"] != "pieces"
+    }
+
+
+def _repieced(folder: Path, old_size: int, rank: int, own: dict[str, State]) -> dict[str, Placed]:
+    """The pieces this rank has now, of the sum of the old parties that come to its party."""
+    result = {}
+    for part, state in own.items():
+        for name, placed in state.tensors.items():
+            if placed.pieces is not None:
+                key = f"{part}/{name}"
+                tables = [_table(folder, old).get(key) for old in range(old_size)]
+                tensor = _assembled(folder, key, tables, rank, placed.pieces)
+                if tensor is not None:
+                    result[key] = Placed(tensor, "pieces", "sum", placed.pieces)
+    return result
+
+
+def _assembled(
+    folder: Path, key: str, tables: list[dict[str, Any] | None], rank: int, pieces: Pieces
+) -> torch.Tensor | None:
+    old = [None if entry is None else _pieces(entry) for entry in tables]
+    if rank < len(old) and old[rank] == pieces:
+        return _read(folder / f"{rank_name(rank)}.safetensors", key)
+    if not any(old):
+        return None
+    length = max(
+        (span.stop for held in (*old, pieces) if held is not None for span in held.spans),
+        default=0,
+    )
+    total = torch.zeros(length, dtype=torch.float64)
+    for writer, held in enumerate(old):
+        if held is None or held.party % pieces.parties != pieces.party:
+            continue
+        values = _read(folder / f"{rank_name(writer)}.safetensors", key)
+        at = 0
+        for span in held.spans:
+            where = span.indices()
+            total[where] += values[at : at + len(where)]
+            at += len(where)
+    kept = len(pieces.spans) - pieces.spare
+    parts = [total[span.indices()] for span in pieces.spans[:kept]]
+    parts += [torch.zeros(len(span.indices())) for span in pieces.spans[kept:]]
+    return torch.cat([torch.empty(0), *parts]).to(torch.float32)
+
+
+def _pieces(entry: dict[str, Any]) -> Pieces:
+    held = entry["pieces"]
+    spans = tuple(Span(**span) for span in held["spans"])
+    return Pieces(held["party"], held["parties"], spans, held["spare"])
 
 
 def _resized(folder: Path, state: dict[str, Any], rank: int, size: int) -> dict[str, Placed]:
@@ -57,7 +116,7 @@ def _resized(folder: Path, state: dict[str, Any], rank: int, size: int) -> dict[
     for key in keys:
         entries = {old: table[key] for old, table in enumerate(tables) if key in table}
         entry = next(iter(entries.values()))
-        if entry["resize"] == "reset":
+        if entry["resize"] == "reset" or entry["placement"] == "pieces":
             continue
         if entry["placement"] == "shard":
             tensor = _recut(folder, key, entries, rank, size)

@@ -27,6 +27,8 @@ class Entry:
     resize: str
     dtype: str
     shape: list[int]
+    pieces: dict[str, Any] | None = None
+    """Of `state.Pieces`, as JSON has it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class HostCopy:
                 if placed.placement == "replicated" and self.rank != 0:
                     continue
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                table[key] = Entry(placed.placement, placed.resize, dtype, list(tensor.shape))
+                pieces = None if placed.pieces is None else asdict(placed.pieces)
+                table[key] = Entry(
+                    placed.placement, placed.resize, dtype, list(tensor.shape), pieces
+                )
                 (replicated if placed.placement == "replicated" else own)[key] = self._copy(
                     key, tensor
                 )
@@ -106,7 +111,7 @@ def check_placed(key: str, placed: Placed) -> None:
         ValueError: names the tensor and what is allowed.
     """
     tensor = placed.tensor
-    if placed.placement != "per_rank" and placed.resize not in ("keep", "reset"):
+    if placed.placement in ("replicated", "shard") and placed.resize not in ("keep", "reset"):
         raise ValueError(f"{key}: {placed.placement} takes keep or reset; got {placed.resize}")
     if placed.placement == "shard" and tensor.dim() != 1:
         raise ValueError(f"{key}: a shard is a 1-D piece of a flat vector; got {tensor.dim()}-D")
@@ -136,7 +141,7 @@ def write_files(snapshot: Snapshot, folder: Path) -> None:
     if snapshot.own:
         _write_tensors(folder / f"{stem}.safetensors", snapshot.own)
         written.append(f"{stem}.safetensors")
-    own = {key: asdict(snapshot.table[key]) for key in snapshot.own}
+    own = {key: _as_json(snapshot.table[key]) for key in snapshot.own}
     files = {name: fingerprint(folder / name) for name in written}
     content = {"rank": snapshot.rank, "step": snapshot.step, "files": files, "tensors": own}
     write_durably(folder / f"{stem}.json", json.dumps(content, indent=1).encode())
@@ -157,9 +162,13 @@ def _state_json(snapshot: Snapshot) -> bytes:
         parts[part] = {"counters": coded, "tensors": {}}
     for key, entry in snapshot.table.items():
         part, name = key.split("/", 1)
-        parts[part]["tensors"][name] = asdict(entry)
+        parts[part]["tensors"][name] = _as_json(entry)
     content = {"step": snapshot.step, "size": snapshot.size, "parts": parts}
     return json.dumps(content, indent=1, allow_nan=False).encode()
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in asdict(entry).items() if value is not None}
 
 
 def encode(key: str, value: Counter) -> Any:

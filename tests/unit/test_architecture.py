@@ -30,7 +30,7 @@ LAYERS = [
     {"session"},
     {"config", "journal", "hardware", "place"},
     {"exchange", "batch", "runs"},
-    {"data", "models", "optimiser", "clock", "control", "randomness", "config_errors"},
+    {"compress", "data", "models", "optimiser", "clock", "control", "randomness", "config_errors"},
     {"transport", "settings", "toml_text", "user_code"},
     {"errors", "state", "table"},
 ]

@@ -12,7 +12,7 @@ import pytest
 from hpctrain.api import Outcome, run_on
 from hpctrain.assemble import Options, World
 from hpctrain.config import from_mapping
-from hpctrain.errors import NonFiniteLoss
+from hpctrain.errors import NonFinite
 from hpctrain.transport.threads import run_threads
 from tests.golden_run import GOLDEN, MLP, step_losses
 
@@ -121,7 +121,7 @@ def test_divergence_is_refused_before_the_update(tmp_path):
     tree = MLP | {"lr": {"base": 1e300}, "train": {"steps": 30, "dtype": "float32"}}
     with pytest.raises(Exception, match="inf or NaN") as caught:
         train_threads(tree, 2, tmp_path / "run")
-    cause = caught.value if isinstance(caught.value, NonFiniteLoss) else caught.value.__cause__
-    assert isinstance(cause, NonFiniteLoss)
+    cause = caught.value if isinstance(caught.value, NonFinite) else caught.value.__cause__
+    assert isinstance(cause, NonFinite)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 70)

@@ -1,0 +1,1 @@
+"""Making messages small: which entries to send, what to remember, how to write them down."""

@@ -1,0 +1,140 @@
+"""Picks the k entries of largest magnitude at about the speed of memory.
+
+    t <- a magnitude that about k (1 + margin) entries exceed, from a strided sample
+    one pass over blocks that fit the cache: prepare the block, compare with t, collect what exceeds
+    trim the collected entries to exactly k
+
+The sample is fresh at every call and starts elsewhere each time, so nothing drifts and no state is
+kept. When fewer than k entries exceed t (about one call in 700), the comparison is repeated with a
+lower t; the result is the exact top k in every case, the lowest indices first among equals.
+
+Cost, n entries, one core: 4 to 5 times an in-place `r += g` at n = 1e7 and k = 1 %
+(benchmarks/selection.py). Memory: two blocks, and the collected entries.
+
+The sampled threshold is that of Deep Gradient Compression (Lin et al. 2018, arXiv 1712.01887,
+section 5), with two differences: the sample is some 1e4 entries instead of 1 %, and the number of
+entries is held exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 1 << 16
+_HITS = 256
+_SAMPLES = 1 << 15
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Entries of a vector: positions and values, positions ascending."""
+
+    indices_K: np.ndarray
+    """uint32."""
+    values_K: np.ndarray
+    """float32."""
+    finite: bool
+    """False: the vector holds inf or NaN, and the entries mean nothing."""
+
+
+def whole(start: int, stop: int) -> None:
+    """Prepares nothing: the vector is ready as it is."""
+
+
+class Selector:
+    """Picks from vectors of at most `n` entries, with memory allocated once. Local.
+
+    Args:
+        n: Most entries of a vector, below 2^32.
+        block: Entries per block.
+    """
+
+    def __init__(self, n: int, block: int = BLOCK) -> None:
+        if n >= 1 << 32:
+            raise ValueError(f"indices are uint32: at most 2^32 - 1 entries, got {n}")
+        self._block = block
+        self._magnitudes = np.empty(min(block, n), np.float32)
+        self._small = np.empty(min(block, n), np.bool_)
+        self._calls = 0
+
+    def pick(
+        self,
+        x_N: np.ndarray,
+        k: int,
+        *,
+        sample: Callable[[slice], np.ndarray] | None = None,
+        prepare: Callable[[int, int], None] = whole,
+    ) -> Picked:
+        """The min(k, number of non-zeros) entries of `x_N` of largest magnitude. Local.
+
+        Args:
+            x_N: float32, contiguous; what `prepare` fills in, if it is given.
+            k: Entries to pick, at least 0.
+            sample: x_N[where] as it will be after `prepare`, without changing anything; by default
+                x_N itself.
+            prepare: Called once for each block [start, stop), in order, before it is read.
+        """
+        n = len(x_N)
+        stride = max(1, k // _HITS, n // _SAMPLES) | 1
+        start = self._calls * 7919 % min(stride, max(n, 1))
+        self._calls += 1
+        where = slice(start, None, stride)
+        if k >= n:
+            magnitudes = np.empty(0, np.float32)
+        else:
+            magnitudes = np.abs(x_N[where] if sample is None else sample(where))
+        wanted = k / stride
+        wanted += 3.0 * wanted**0.5 + 1.0
+        found = self._collect(x_N, _exceeded_by(magnitudes, wanted), prepare)
+        while len(found[0]) < k and _exceeded_by(magnitudes, wanted) > 0.0:
+            wanted *= 2.0
+            found = self._collect(x_N, _exceeded_by(magnitudes, wanted), whole)
+        indices, values = found
+        picked = Picked(indices.astype(np.uint32), values, bool(np.isfinite(values).all()))
+        return largest(picked, k) if picked.finite else picked
+
+    def _collect(
+        self, x_N: np.ndarray, threshold: float, prepare: Callable[[int, int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All entries of a magnitude above `threshold`, and every inf and NaN."""
+        indices, values = [], []
+        limit = np.float32(threshold)
+        for start in range(0, len(x_N), self._block):
+            stop = min(start + self._block, len(x_N))
+            prepare(start, stop)
+            block = x_N[start:stop]
+            magnitudes, small = self._magnitudes[: stop - start], self._small[: stop - start]
+            np.abs(block, out=magnitudes)
+            np.less_equal(magnitudes, limit, out=small)
+            # Not "greater": a NaN is neither, and must not pass unseen.
+            (found,) = np.logical_not(small, out=small).nonzero()
+            values.append(block.take(found))
+            found += start
+            indices.append(found)
+        if not indices:
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        return np.concatenate(indices), np.concatenate(values)
+
+
+def _exceeded_by(magnitudes: np.ndarray, count: float) -> float:
+    """A threshold that about `count` of the sampled magnitudes exceed; 0 where all may."""
+    place = len(magnitudes) - int(count) - 1
+    if place < 0:
+        return 0.0
+    threshold = float(np.partition(magnitudes, place)[place])
+    return threshold if np.isfinite(threshold) else 0.0
+
+
+def largest(picked: Picked, k: int) -> Picked:
+    """The k of these entries of largest magnitude, the first ones among equals. Local."""
+    if len(picked.indices_K) <= k:
+        return picked
+    magnitudes = np.abs(picked.values_K)
+    last = np.partition(magnitudes, -k)[-k] if k else np.inf
+    keep = magnitudes > last
+    ties = np.flatnonzero(magnitudes == last)
+    keep[ties[: k - np.count_nonzero(keep)]] = True
+    return Picked(picked.indices_K[keep], picked.values_K[keep], picked.finite)

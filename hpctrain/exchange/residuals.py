@@ -1,0 +1,64 @@
+"""The residuals and velocities of all shards as tensors of a checkpoint.
+
+At the same parties and shards they come back bit by bit. Otherwise each new party takes the sum of
+the old ones that come to it (`state.Pieces`), with what owners had pending added to the residuals:
+the sum of all that waits is conserved, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from hpctrain.exchange.parties import Parties
+from hpctrain.exchange.shard import Shard
+from hpctrain.state import Pieces, Placed, Span, State
+
+
+def state_of(shards: Sequence[Shard | None], parties: Parties) -> dict[str, Placed]:
+    """Residuals (with what owners have pending) and velocities of this rank's shards. Local."""
+    residuals: list[np.ndarray] = []
+    velocities: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
+    spans: list[Span] = []
+    spare: list[Span] = []
+    for shard in shards:
+        if shard is None or shard.feedback is None:
+            continue
+        spans.append(Span.whole(shard.plan.start, shard.plan.stop))
+        residuals.append(shard.feedback.residual_N)
+        velocities.append(shard.feedback.velocity_N)
+        if shard.sparse is not None:
+            values, where = shard.sparse.pending(shard.plan.start)
+            pending.append(values)
+            spare.extend(where)
+    pieces = Pieces(parties.mine, parties.count, (*spans, *spare), len(spare))
+    placed = {"residual": Placed(_joined([*residuals, *pending]), "pieces", "sum", pieces)}
+    if any(len(velocity) for velocity in velocities):
+        pieces = Pieces(parties.mine, parties.count, tuple(spans))
+        placed["velocity"] = Placed(_joined(velocities), "pieces", "sum", pieces)
+    return placed
+
+
+def load_into(shards: Sequence[Shard | None], state: State) -> None:
+    """Copy a state's values into the shards' live memory. Local."""
+    residual = state.tensors["residual"].tensor.numpy()
+    velocity = state.tensors["velocity"].tensor.numpy() if "velocity" in state.tensors else None
+    mine = [shard for shard in shards if shard is not None]
+    at = 0
+    for shard in mine:
+        assert shard.feedback is not None
+        here = slice(at, at + shard.plan.n)
+        shard.feedback.load(residual[here], None if velocity is None else velocity[here])
+        at += shard.plan.n
+    for shard in mine:
+        if shard.sparse is not None:
+            values, _ = shard.sparse.pending(shard.plan.start)
+            values[:] = residual[at : at + len(values)]
+            at += len(values)
+
+
+def _joined(vectors: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *vectors]))

@@ -1,0 +1,101 @@
+"""One shard of one bucket: where it lies, what exchanges it, and this rank's part in that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpctrain.compress.feedback import Feedback
+from hpctrain.exchange.buckets import Bucket
+from hpctrain.exchange.exclusive import Exclusive
+from hpctrain.exchange.gather import Gather
+from hpctrain.exchange.owner import Owner
+from hpctrain.state import shard_bounds
+
+if TYPE_CHECKING:
+    from hpctrain.exchange.topk import Topk
+
+Sparse = Gather | Exclusive | Owner
+KINDS: dict[str, type[Gather] | type[Exclusive] | type[Owner]] = {
+    "gather": Gather,
+    "exclusive": Exclusive,
+    "owner": Owner,
+}
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What all ranks know of a shard."""
+
+    start: int
+    stop: int
+    """Entries [start, stop) of the flat vector."""
+    count: int
+    """Entries that a party sends per step; 0: the shard is always summed whole."""
+    inbox: slice
+    """Bytes in the memory of the rank at the shard's place."""
+
+    @property
+    def n(self) -> int:
+        """Number of entries."""
+        return self.stop - self.start
+
+
+@dataclass
+class Shard:
+    """A shard on this rank."""
+
+    plan: ShardPlan
+    place: int
+    """The ranks at this place of each party work on it."""
+    grad_N: np.ndarray
+    """The gradient of the rank at that place; a whole exchange leaves its sum here."""
+    sparse: Sparse | None
+    """None where the shard is always summed whole."""
+    feedback: Feedback | None = None
+    """On the rank at that place."""
+
+
+def plan_shards(
+    config: Topk,
+    kind: str,
+    buckets: Sequence[Bucket],
+    small: Sequence[bool],
+    parties: int,
+    places: int,
+    offset: int,
+) -> list[list[ShardPlan]]:
+    """Each bucket cut into one shard per place, with room for its messages. Local, pure.
+
+    Args:
+        config: The [exchange] table.
+        kind: The sparse exchange.
+        buckets: In index order.
+        small: Which of them are always summed whole.
+        parties: How many compress.
+        places: Shards per bucket.
+        offset: Bytes before the first inbox.
+
+    Returns:
+        By bucket, then by place.
+    """
+    plans = []
+    for bucket, whole in zip(buckets, small, strict=True):
+        shards = []
+        end = offset
+        for place in range(places):
+            start, stop = shard_bounds(bucket.stop - bucket.start, place, places)
+            n = stop - start
+            all_of_it = whole or parties == 1 or config.density == 1.0
+            count = 0 if all_of_it else config.count(n)
+            nbytes = KINDS[kind].inbox_bytes(n, parties, config.coding, count) if count else 0
+            inbox = slice(offset, offset + nbytes)
+            shards.append(ShardPlan(bucket.start + start, bucket.start + stop, count, inbox))
+            end = max(end, -(-inbox.stop // _ALIGN) * _ALIGN)
+        plans.append(shards)
+        offset = end
+    return plans

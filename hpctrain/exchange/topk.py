@@ -1,0 +1,104 @@
+"""Top-k exchange: each step sends the largest accumulated entries, the rest waits in a residual.
+
+    acc_m  <- residual_m + lr * d_m      (d_m: the local update direction of node m)
+    sent_m  = the density * n entries of acc_m of largest magnitude, per bucket
+    residual_m <- acc_m - sent_m
+    w <- w - sum over nodes of sent_m
+
+The gradients of a node's ranks are added first, in memory that they share, and each of them works
+on its shard of the sum. Parameters of one dimension and small ones are summed whole. Details:
+`compress.feedback` (residual, momentum, decay, clipping), `gather`, `exclusive` and `owner` (what
+travels), `whole` (dense sums), `compress.wire` (coding).
+
+Source: Alistarh et al. 2018 (arXiv 1809.10505, Algorithm 1). Dense sums inside nodes and sparse
+exchange between them were proposed for GPUs by Shi et al. 2021 (HiTopKComm, arXiv 2010.10458).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from hpctrain.compress.wire import Coding
+from hpctrain.exchange.setting import Setting
+from hpctrain.exchange.topk_exchange import TopkExchange
+from hpctrain.optimiser import OptimiserConfig
+from hpctrain.settings import Train
+from hpctrain.table import Table
+
+
+class Topk(Table):
+    """[exchange] kind = "topk": the largest entries with error feedback."""
+
+    kind: Literal["topk"] = "topk"
+    """Send the largest accumulated entries."""
+    density: float = Field(default=0.01, gt=0.0, le=1.0)
+    """Fraction of the entries of each bucket that each node sends per step."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """So many steps at the start sum everything, as long as gradients are large."""
+    algorithm: Literal["auto", "gather", "exclusive", "owner"] = "auto"
+    """What travels: everybody's entries to all (gather), values at positions that one node picks
+    (exclusive), entries to the owner of their part and sums back (owner). auto: gather for two
+    nodes, else exclusive."""
+    index: Literal["uint32", "block16"] = "block16"
+    """Coding of positions, 4 or 2 bytes each."""
+    values: Literal["float32", "float16", "bfloat16", "sign"] = "float16"
+    """Coding of values; the rounding error stays in the residual."""
+    gives: Literal["update", "gradient"] = "update"
+    """update: momentum, decay and clipping of [optimiser] (sgd) come before selection, lr
+    multiplies the fresh gradient, and the result is subtracted from the parameters. gradient: the
+    selected gradient entries go to any optimiser."""
+    feedback: bool = True
+    """Keep what was not sent for later steps."""
+    hierarchy: bool = True
+    """Sum over the ranks of a node first; false: every rank sends its own entries."""
+    dense_below: int = Field(default=16384, ge=0)
+    """Parameters with fewer entries, and those of one dimension, are summed whole."""
+    bucket_mib: float = Field(default=16.0, gt=0.0)
+    """Largest bucket in MiB: small ones start earlier, large ones cost fewer messages."""
+
+    @model_validator(mode="after")
+    def _feedback_for_rounded_values(self) -> Topk:
+        if not self.feedback and self.values != "float32":
+            raise ValueError(
+                f'values = "{self.values}" rounds, and without feedback the error is lost; set '
+                'values = "float32" or feedback = true'
+            )
+        return self
+
+    def count(self, n: int) -> int:
+        """Entries that a shard of n sends per step. Local."""
+        return min(n, math.ceil(self.density * n))
+
+    def comes_last(self, shape: torch.Size) -> bool:
+        """Whether a parameter is summed whole. Local."""
+        return len(shape) < 2 or shape.numel() < self.dense_below
+
+    def require_fit(self, train: Train, optimiser: OptimiserConfig) -> None:
+        """Check the tables [train] and [optimiser] against this one. Local.
+
+        Raises:
+            ValueError: with what is allowed.
+        """
+        if train.dtype != "float32":
+            raise ValueError(
+                f'exchange.kind = "topk" sends float32 gradients, but train.dtype = '
+                f'"{train.dtype}"; use "float32", or exchange.kind = "dense"'
+            )
+        if self.gives == "update" and optimiser.kind != "sgd":
+            raise ValueError(
+                f'exchange.gives = "update" needs optimiser.kind = "sgd", whose momentum can come '
+                f'before selection; got "{optimiser.kind}": set exchange.gives = "gradient"'
+            )
+
+    @property
+    def coding(self) -> Coding:
+        """How entries travel."""
+        return Coding(self.index, self.values)
+
+    def build(self, setting: Setting) -> TopkExchange:
+        """Collective. The running exchange."""
+        return TopkExchange(self, setting)
