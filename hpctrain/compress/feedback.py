@@ -9,8 +9,10 @@ batch), M the number of parties that compress, and c <= 1 the clipping factor:
     sent is picked from acc, and the sum of all parties' sent is subtracted from w
     residual <- acc - sent;   u <- 0 where something was sent
 
-`acc` is made in the memory of g, and residual and u keep their values until `commit`, so that a
-step in which any party saw inf or NaN leaves no trace.
+Residual and velocity keep their values until `commit`, so that a step in which any party saw inf or
+NaN leaves no trace. Without momentum acc is made in a second vector, which then becomes the
+residual; with momentum there are two velocities instead, and acc is made in the memory of g and
+copied. That makes 2 or 3 vectors.
 
 The residual is in units of the update, since lr multiplies the fresh gradient before it is added:
 Alistarh et al. 2018 (arXiv 1809.10505, Algorithm 1), with the sum over parties in place of the mean
@@ -24,6 +26,7 @@ before, since the exchange starts while backward has not finished the norm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,9 +55,11 @@ class Feedback:
 
     Args:
         rule: The update rule.
-        grad_N: float32; this rank's fresh gradient, overwritten by `acc`.
+        grad_N: float32; this rank's fresh gradient, overwritten.
         neighbours: The same piece of the gradients of the node's other ranks, to be added.
         params_N: The parameters, for weight decay.
+        waits: Whether entries may have to wait; False: all are sent at every step, and there is no
+            residual.
         block: Entries per block of `prepare`.
     """
 
@@ -64,46 +69,40 @@ class Feedback:
         grad_N: np.ndarray,
         neighbours: Sequence[np.ndarray],
         params_N: np.ndarray,
+        *,
+        waits: bool = True,
         block: int = BLOCK,
     ) -> None:
         self.n = len(grad_N)
-        self.acc_N = grad_N
-        self.residual_N = np.zeros(self.n, np.float32)
+        self.residual_N = np.zeros(self.n if waits else 0, np.float32)
         self.velocity_N = np.zeros(self.n if rule.momentum else 0, np.float32)
         """As last committed; empty without momentum."""
-        self.norm_sq = 0.0
-        """Of the fresh gradient of the last step."""
         self.residual_sq = 0.0
-        """Of the residual as last committed."""
-        self._rule = rule
-        self._neighbours = neighbours
+        """Sum of squares of the residual as last committed."""
+        self.grad_sq = 0.0
+        """Sum of squares of the fresh gradient, where the rule clips."""
+        self._rule, self._waits, self._block = rule, waits, block
+        self._grad_N, self._neighbours, self._params_N = grad_N, neighbours, params_N
         self._next_velocity_N = np.zeros_like(self.velocity_N)
-        self._params_N = params_N
+        self._in_place = bool(rule.momentum) or not waits
+        self.acc_N = grad_N if self._in_place else np.zeros(self.n, np.float32)
         self._lr, self._clip = 0.0, 1.0
+        self._acc_sq = 0.0
         self._prepared = False
-        self._zeros = torch.zeros(min(block, self.n))
-        self._block = block
-        vectors = [
-            *(grad_N, self.residual_N, params_N, self.velocity_N, self._next_velocity_N),
-            *neighbours,
-        ]
-        self._blocks = [
-            [torch.from_numpy(vector[start : start + block]) for vector in vectors]
-            for start in range(0, self.n, block)
-        ]
+        self._cut()
 
     def begin(self, lr: float, clip: float = 1.0) -> None:
         """A step starts: its step size, and the factor that clips the fresh gradient."""
         self._lr, self._clip = lr, clip
         self._prepared = False
-        self.norm_sq = 0.0
+        self._acc_sq = self.grad_sq = 0.0
 
     def sample(self, where: slice) -> np.ndarray:
         """acc[where] as `prepare` will make it. Changes nothing."""
         if self._prepared:
             return self.acc_N[where]
         rule = self._rule
-        grad: np.ndarray = self.acc_N[where].copy()
+        grad: np.ndarray = self._grad_N[where].copy()
         for neighbour in self._neighbours:
             grad += neighbour[where]
         if self._clip != 1.0:
@@ -114,7 +113,7 @@ class Feedback:
             velocity = rule.momentum * self.velocity_N[where] + grad
             grad = grad + rule.momentum * velocity if rule.nesterov else velocity
         grad *= np.float32(self._lr)
-        if rule.feedback:
+        if self._keeps:
             grad += self.residual_N[where]
         return grad
 
@@ -122,62 +121,91 @@ class Feedback:
         """Make acc[start:stop], a whole block, out of the fresh gradient there, once per step."""
         if self._prepared:
             return
-        rule = self._rule
-        grad, residual, params, before, after, *neighbours = self._blocks[start // self._block]
-        for neighbour in neighbours:
+        rule, number = self._rule, start // self._block
+        grad, acc, params = self._grads[number], self._accs[number], self._params[number]
+        for neighbour in self._neighbour_blocks[number]:
             grad.add_(neighbour)
         if rule.clips:
-            self.norm_sq += float(torch.dot(grad, grad))
+            self.grad_sq += float(torch.dot(grad, grad))
         if self._clip != 1.0:
             grad.mul_(self._clip)
         if rule.weight_decay:
             grad.add_(params, alpha=rule.weight_decay)
         direction = grad
         if rule.momentum:
-            torch.add(grad, before, alpha=rule.momentum, out=after)
+            after = self._next_velocities[number]
+            torch.add(grad, self._velocities[number], alpha=rule.momentum, out=after)
             direction = grad.add_(after, alpha=rule.momentum) if rule.nesterov else after
-        if rule.feedback:
-            torch.add(residual, direction, alpha=self._lr, out=grad)
+        if self._keeps:
+            torch.add(self._residuals[number], direction, alpha=self._lr, out=acc)
         else:
-            torch.mul(direction, self._lr, out=grad)
+            torch.mul(direction, self._lr, out=acc)
+        self._acc_sq += float(torch.dot(acc, acc))
 
     def prepare_all(self) -> bool:
-        """`prepare` every block. Whether all of acc is finite."""
-        finite = True
+        """`prepare` every block. Whether `is_finite`."""
         for start in range(0, self.n, self._block):
             self.prepare(start, min(start + self._block, self.n))
-            acc = self._blocks[start // self._block][0]
-            # 0 times inf or NaN is NaN, and nothing else is.
-            finite = finite and float(torch.dot(acc, self._zeros[: len(acc)])) == 0.0
         self._prepared = True
-        return finite
+        return self.is_finite
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether acc, all of it prepared, is finite and its sum of squares is."""
+        return math.isfinite(self._acc_sq)
+
+    def take(self, indices_K: np.ndarray, sent_K: np.ndarray) -> None:
+        """`sent_K` goes out at `indices_K` (no index twice): what is left there stays in acc."""
+        before = self.acc_N[indices_K]
+        after = before - sent_K
+        self.acc_N[indices_K] = after
+        self._acc_sq += float(np.dot(after, after)) - float(np.dot(before, before))
+        if self._rule.momentum:
+            self._next_velocity_N[indices_K] = 0.0
+
+    def publish(self) -> None:
+        """Put acc into the memory of the gradient, where the node's other ranks read it."""
+        if not self._in_place:
+            self._grad_N[:] = self.acc_N
+
+    def commit(self, *, sent_all: bool = False) -> None:
+        """The step counts: acc becomes the residual, zero where all was sent."""
+        if sent_all or not self._rule.feedback:
+            self.residual_N[:] = 0.0
+            self.residual_sq = 0.0
+        else:
+            self.residual_sq = max(self._acc_sq, 0.0)
+            if self._in_place:
+                self.residual_N[:] = self.acc_N
+            else:
+                self.residual_N, self.acc_N = self.acc_N, self.residual_N
+        if self._rule.momentum:
+            self.velocity_N, self._next_velocity_N = self._next_velocity_N, self.velocity_N
+        self._cut()
 
     def load(self, residual_N: np.ndarray, velocity_N: np.ndarray | None) -> None:
         """Take stored values."""
         self.residual_N[:] = residual_N
-        self.residual_sq = sum(
-            float(torch.dot(residual, residual)) for _, residual, *_ in self._blocks
-        )
+        self.residual_sq = sum(float(torch.dot(part, part)) for part in self._residuals)
         if velocity_N is not None:
             self.velocity_N[:] = velocity_N
 
-    def take(self, indices_K: np.ndarray, sent_K: np.ndarray) -> None:
-        """`sent_K` goes out at `indices_K` (no index twice): what is left there stays in acc."""
-        self.acc_N[indices_K] -= sent_K
-        if self._rule.momentum:
-            self._next_velocity_N[indices_K] = 0.0
+    @property
+    def _keeps(self) -> bool:
+        return self._rule.feedback and self._waits
 
-    def commit(self, *, sent_all: bool = False) -> None:
-        """The step counts: acc becomes the residual, zero where all was sent."""
-        if sent_all:
-            self.residual_N[:] = 0.0
-            self.residual_sq = 0.0
-        elif self._rule.feedback:
-            self.residual_sq = 0.0
-            for grad, residual, *_ in self._blocks:
-                residual.copy_(grad)
-                self.residual_sq += float(torch.dot(residual, residual))
-        if self._rule.momentum:
-            self.velocity_N, self._next_velocity_N = self._next_velocity_N, self.velocity_N
-            for block in self._blocks:
-                block[3], block[4] = block[4], block[3]
+    def _cut(self) -> None:
+        """Cut all vectors into blocks, once they lie where they lie."""
+        self._grads = self._blocks_of(self._grad_N)
+        self._accs = self._blocks_of(self.acc_N)
+        self._residuals = self._blocks_of(self.residual_N)
+        self._velocities = self._blocks_of(self.velocity_N)
+        self._next_velocities = self._blocks_of(self._next_velocity_N)
+        self._params = self._blocks_of(self._params_N)
+        parts = [self._blocks_of(neighbour) for neighbour in self._neighbours]
+        self._neighbour_blocks = [
+            [part[number] for part in parts] for number in range(len(self._grads))
+        ]
+
+    def _blocks_of(self, vector: np.ndarray) -> Sequence[torch.Tensor]:
+        return torch.from_numpy(vector).split(self._block) if len(vector) else ()

@@ -104,7 +104,7 @@ class Exclusive:
             total += slot.read(step, bucket)[2]
         (mine,) = slots_in(self._my_sums, 1, n, each, self._numbers)
         rounded = mine.write(step, bucket, Picked(where[self._me], total, finite=True), header)
-        feedback.acc_N[where[self._me]] += total - rounded
+        feedback.take(where[self._me], rounded - total)
         yield phases[2].iallgather(self._my_sums, self._sums)
         return outcome
 

@@ -75,8 +75,9 @@ class Gather:
         picked = selector.pick(
             feedback.acc_N, self._k, sample=feedback.sample, prepare=feedback.prepare
         )
-        header = Header(picked.finite, feedback.residual_sq, wanted)
-        if picked.finite:
+        finite = picked.finite and feedback.is_finite
+        header = Header(finite, feedback.residual_sq, wanted)
+        if finite:
             feedback.take(picked.indices_K, self._out.write(step, bucket, picked, header))
         else:
             self._out.write(step, bucket, NOTHING, header)

@@ -128,8 +128,9 @@ class Owner:
         self, step: int, bucket: int, feedback: Feedback, picked: Picked, wanted: int
     ) -> None:
         """Write each owner's slot and take from `feedback` what fits."""
-        header = Header(picked.finite, feedback.residual_sq, wanted)
-        if not picked.finite:
+        finite = picked.finite and feedback.is_finite
+        header = Header(finite, feedback.residual_sq, wanted)
+        if not finite:
             picked = NOTHING
         indices = picked.indices_K.astype(np.int64)
         parts = self.parts.part_of(indices).astype(np.uint16)

@@ -22,22 +22,26 @@ def state_of(shards: Sequence[Shard | None], parties: Parties) -> dict[str, Plac
     residuals: list[np.ndarray] = []
     velocities: list[np.ndarray] = []
     pending: list[np.ndarray] = []
-    spans: list[Span] = []
+    waiting: list[Span] = []
+    moving: list[Span] = []
     spare: list[Span] = []
     for shard in shards:
         if shard is None or shard.feedback is None:
             continue
-        spans.append(Span.whole(shard.plan.start, shard.plan.stop))
+        here = Span.whole(shard.plan.start, shard.plan.stop)
+        moving.append(here)
+        if len(shard.feedback.residual_N):
+            waiting.append(here)
         residuals.append(shard.feedback.residual_N)
         velocities.append(shard.feedback.velocity_N)
         if shard.sparse is not None:
             values, where = shard.sparse.pending(shard.plan.start)
             pending.append(values)
             spare.extend(where)
-    pieces = Pieces(parties.mine, parties.count, (*spans, *spare), len(spare))
+    pieces = Pieces(parties.mine, parties.count, (*waiting, *spare), len(spare))
     placed = {"residual": Placed(_joined([*residuals, *pending]), "pieces", "sum", pieces)}
     if any(len(velocity) for velocity in velocities):
-        pieces = Pieces(parties.mine, parties.count, tuple(spans))
+        pieces = Pieces(parties.mine, parties.count, tuple(moving))
         placed["velocity"] = Placed(_joined(velocities), "pieces", "sum", pieces)
     return placed
 
@@ -47,12 +51,13 @@ def load_into(shards: Sequence[Shard | None], state: State) -> None:
     residual = state.tensors["residual"].tensor.numpy()
     velocity = state.tensors["velocity"].tensor.numpy() if "velocity" in state.tensors else None
     mine = [shard for shard in shards if shard is not None]
-    at = 0
+    at = moved = 0
     for shard in mine:
-        assert shard.feedback is not None
-        here = slice(at, at + shard.plan.n)
-        shard.feedback.load(residual[here], None if velocity is None else velocity[here])
-        at += shard.plan.n
+        feedback = shard.feedback
+        assert feedback is not None
+        end, moving = at + len(feedback.residual_N), moved + len(feedback.velocity_N)
+        feedback.load(residual[at:end], None if velocity is None else velocity[moved:moving])
+        at, moved = end, moving
     for shard in mine:
         if shard.sparse is not None:
             values, _ = shard.sparse.pending(shard.plan.start)

@@ -136,7 +136,8 @@ class Shards:
         if mine:
             others = [g[where] for rank, g in enumerate(self._gradients) if rank != place]
             params_N = self._flat.params_P.numpy()[where]
-            feedback = Feedback(self._rule, grad_N, others, params_N)
+            waits = plan.count > 0
+            feedback = Feedback(self._rule, grad_N, others, params_N, waits=waits)
         return Shard(plan, place, grad_N, sparse, feedback)
 
 

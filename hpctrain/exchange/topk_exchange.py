@@ -159,7 +159,7 @@ class TopkExchange:
             outcome = yield from shard.sparse.exchange(
                 self._step, bucket, feedback, self._selector, 0, phases
             )
-        self._shards.post(bucket, outcome, feedback.norm_sq)
+        self._shards.post(bucket, outcome, feedback.grad_sq)
 
     def _is_whole(self, bucket: int) -> bool:
         return (

@@ -33,5 +33,6 @@ class Whole:
         if phases[0].size > 1:
             phases[-1].allreduce(feedback.acc_N)
             finite = bool(np.isfinite(feedback.acc_N).all())
+        feedback.publish()
         yield from ()
         return Agreed(finite, 0.0, feedback.n)
