@@ -70,6 +70,8 @@ def train_step(
     fetched = time.perf_counter()
     session.flat.zero_grad()
     losses: list[Tensor] = []
+    if not batch.micro_batches:
+        session.exchange.arm(lr)
     for position, (inputs, targets) in enumerate(batch.micro_batches, start=1):
         session.watchdog.beat(session.clock.step, "compute")
         if position == len(batch.micro_batches):

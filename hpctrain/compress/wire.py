@@ -60,9 +60,19 @@ class Coding:
         """Bytes of a slot for up to `capacity` entries of a vector of `n`, a multiple of 8."""
         return HEADER_BYTES + sum(_padded(part) for part in self._parts(n, capacity))
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a position."""
+        return _INDEX_BYTES[self.index]
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a value."""
+        return _VALUE_BITS[self.value]
+
     def entry_bytes(self) -> float:
         """Bytes of one more entry, as formulas count them."""
-        return _INDEX_BYTES[self.index] + _VALUE_BITS[self.value] / 8
+        return self.index_bytes + self.value_bits / 8
 
     def _parts(self, n: int, capacity: int) -> tuple[int, int, int]:
         """Bytes of the block counts, the indices and the values."""
@@ -170,7 +180,7 @@ class Slot:
         if coding == "float32":
             self._values[: 4 * count].view(np.float32)[:] = values_K
         elif coding == "sign":
-            scale = float(np.abs(values_K).mean()) if count else 0.0
+            scale = float(np.abs(values_K).mean(dtype=np.float64)) if count else 0.0
             packed = np.packbits(values_K < 0.0, bitorder="little")
             self._values[: len(packed)] = packed
         elif coding == "float16":
@@ -181,7 +191,7 @@ class Slot:
             self._values[: 2 * count].view(np.float16)[:] = values_K * np.float32(1.0 / scale)
         else:
             half = torch.from_numpy(values_K).to(torch.bfloat16)
-            self._values[: 2 * count] = half.view(torch.uint8).numpy()
+            self._values[: 2 * count].view(np.int16)[:] = half.view(torch.int16).numpy()
         self._floats[_SCALE] = scale
         return scale, values_K if coding == "float32" else self._read_values(count)
 

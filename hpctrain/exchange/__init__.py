@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Discriminator, Tag
 
+from hpctrain.exchange.auto import Auto
 from hpctrain.exchange.dense import Dense
+from hpctrain.exchange.powersgd import PowerSgd
+from hpctrain.exchange.quantise import Quantise
 from hpctrain.exchange.topk import Topk
 from hpctrain.state import State
 
@@ -17,7 +20,12 @@ def _kind(value: Any) -> Any:
 
 
 ExchangeConfig = Annotated[
-    Annotated[Dense, Tag("dense")] | Annotated[Topk, Tag("topk")], Discriminator(_kind)
+    Annotated[Dense, Tag("dense")]
+    | Annotated[Topk, Tag("topk")]
+    | Annotated[Auto, Tag("auto")]
+    | Annotated[PowerSgd, Tag("powersgd")]
+    | Annotated[Quantise, Tag("quantise")],
+    Discriminator(_kind),
 ]
 """The choices of `exchange.kind`. A new exchange is one more member of this union."""
 

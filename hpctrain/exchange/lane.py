@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 
 from hpctrain.transport.communicator import Handle
@@ -45,6 +46,10 @@ class Lane:
 
     def __init__(self, *, threaded: bool) -> None:
         self.current = -1
+        self.in_turn = False
+        """Run tasks one after another in `finish`, timed; to be set before the first `start`."""
+        self.seconds: dict[int, float] = {}
+        """Of each task that ran in turn."""
         self._begun: list[_Running] = []
         self._waiting: list[tuple[int, Task]] = []
         self._queue: queue.SimpleQueue[tuple[int, Task] | bool] = queue.SimpleQueue()
@@ -57,14 +62,14 @@ class Lane:
 
     def start(self, index: int, task: Task) -> None:
         """Begin a task, without waiting."""
-        if self._thread:
+        if self._thread and not self.in_turn:
             self._queue.put((index, task))
         else:
             self._waiting.append((index, task))
 
     def finish(self) -> None:
         """Wait until every task has ended."""
-        if self._thread:
+        if self._thread and not self.in_turn:
             self._queue.put(True)
             self._drained.wait()
             self._drained.clear()
@@ -72,7 +77,11 @@ class Lane:
                 raise self._error
         else:
             for index, task in self._waiting:
+                began = time.perf_counter()
                 self._begin(index, task)
+                if self.in_turn:
+                    self._drain()
+                    self.seconds[index] = time.perf_counter() - began
             self._waiting.clear()
             self._drain()
 

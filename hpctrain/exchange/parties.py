@@ -37,6 +37,8 @@ class Parties:
 
     def __init__(self, comm: Communicator, *, by_node: bool) -> None:
         own = _split(comm, 0)
+        self.everyone = _split(own, 0)
+        """All ranks, for agreements outside the lane."""
         # The lane's thread counts by itself: a ledger is not made for two threads at a time.
         self.ledger = own.ledger = Ledger()
         topology = comm.topology
@@ -53,6 +55,12 @@ class Parties:
         self.place = inside.rank if inside.rank < self.places else None
         self.across = across
         self.phases = [_split(across, 0) for _ in range(PHASES)]
+
+    def count_into(self, ledger: Ledger) -> None:
+        """Add what was sent since the last call to `ledger`. Local."""
+        sent = self.ledger
+        ledger.add(intra=sent.bytes_sent_intra, inter=sent.bytes_sent_inter, source=sent.source)
+        sent.bytes_sent_intra = sent.bytes_sent_inter = 0
 
     def memory(self, nbytes: int) -> PartyMemory:
         """Collective. Memory of `nbytes` per rank that all ranks of the party see."""

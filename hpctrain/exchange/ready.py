@@ -31,7 +31,8 @@ class ReadyBuckets:
         self._flat = flat
         self._buckets = buckets
         self._start = start
-        self._armed = False
+        self.armed = False
+        """Whether the next backward pass is the step's last."""
         self._next = 0
         self._missing = [0] * len(buckets)
         self._hooks = [
@@ -44,19 +45,19 @@ class ReadyBuckets:
 
     def arm(self) -> None:
         """The next backward pass is the step's last."""
-        self._armed = True
+        self.armed = True
         self._next = 0
         self._missing = [len(bucket.parameters) for bucket in self._buckets]
 
     def disarm(self) -> None:
         """Take `arm` back: the next backward pass only adds to the gradient."""
-        self._armed = False
+        self.armed = False
 
     def finish(self) -> None:
         """Start the buckets that backward did not complete."""
-        if not self._armed:
+        if not self.armed:
             self.arm()
-        self._armed = False
+        self.armed = False
         self._start_through(len(self._buckets))
 
     def close(self) -> None:
@@ -69,7 +70,7 @@ class ReadyBuckets:
             assert isinstance(parameter, nn.Parameter)
             if not self._flat.owns_gradient(parameter):
                 self._flat.adopt_gradient(parameter)
-            if not self._armed:
+            if not self.armed:
                 return
             self._missing[index] -= 1
             ready = self._next

@@ -16,7 +16,7 @@ from hpctrain.exchange.owner import Owner
 from hpctrain.state import shard_bounds
 
 if TYPE_CHECKING:
-    from hpctrain.exchange.topk import Topk
+    from hpctrain.exchange.topk import TopkSettings
 
 Sparse = Gather | Exclusive | Owner
 KINDS: dict[str, type[Gather] | type[Exclusive] | type[Owner]] = {
@@ -35,7 +35,7 @@ class ShardPlan:
     stop: int
     """Entries [start, stop) of the flat vector."""
     count: int
-    """Entries that a party sends per step; 0: the shard is always summed whole."""
+    """Most entries that a party sends per step; 0: the shard is always summed whole."""
     inbox: slice
     """Bytes in the memory of the rank at the shard's place."""
 
@@ -58,11 +58,20 @@ class Shard:
     """None where the shard is always summed whole."""
     feedback: Feedback | None = None
     """On the rank at that place."""
+    count: int = 0
+    """Entries that each party sends at this step, unless all are summed."""
+
+    def set_count(self, count: int) -> None:
+        """Send so many entries from now on; equal on all ranks. Local."""
+        if self.sparse is not None and count != self.count:
+            self.sparse.set_count(count)
+            self.count = count
 
 
 def plan_shards(
-    config: Topk,
+    config: TopkSettings,
     kind: str,
+    density: float,
     buckets: Sequence[Bucket],
     small: Sequence[bool],
     parties: int,
@@ -74,6 +83,7 @@ def plan_shards(
     Args:
         config: The [exchange] table.
         kind: The sparse exchange.
+        density: The largest there will be.
         buckets: In index order.
         small: Which of them are always summed whole.
         parties: How many compress.
@@ -90,8 +100,8 @@ def plan_shards(
         for place in range(places):
             start, stop = shard_bounds(bucket.stop - bucket.start, place, places)
             n = stop - start
-            all_of_it = whole or parties == 1 or config.density == 1.0
-            count = 0 if all_of_it else config.count(n)
+            all_of_it = whole or parties == 1 or density == 1.0
+            count = 0 if all_of_it else config.count(n, density)
             nbytes = KINDS[kind].inbox_bytes(n, parties, config.coding, count) if count else 0
             inbox = slice(offset, offset + nbytes)
             shards.append(ShardPlan(bucket.start + start, bucket.start + stop, count, inbox))

@@ -12,15 +12,16 @@ import torch
 
 from hpctrain.compress.feedback import Feedback, LocalRule
 from hpctrain.exchange.buckets import Bucket
+from hpctrain.exchange.counts import largest_density
 from hpctrain.exchange.parties import Agreed, Parties
 from hpctrain.exchange.setting import Setting
 from hpctrain.exchange.shard import KINDS, Shard, ShardPlan, plan_shards
 from hpctrain.optimiser import Sgd
 
 if TYPE_CHECKING:
-    from hpctrain.exchange.topk import Topk
+    from hpctrain.exchange.topk import TopkSettings
 
-_COLUMNS = 3
+_COLUMNS = 6
 _ALIGN = 64
 
 
@@ -31,8 +32,12 @@ class Board:
     finite: bool
     residual_sq: float
     """Sum over parties and entries."""
-    norm_sq: float
+    grad_sq: float
     """Of this party's fresh gradient, where clipping needs it."""
+    wanted: np.ndarray
+    """(buckets, places): mean over parties of the entries they want to send."""
+    xi: float
+    """See `xi`; NaN where it was not measured."""
 
 
 class Shards:
@@ -46,7 +51,7 @@ class Shards:
     """
 
     def __init__(
-        self, config: Topk, setting: Setting, buckets: Sequence[Bucket], parties: Parties
+        self, config: TopkSettings, setting: Setting, buckets: Sequence[Bucket], parties: Parties
     ) -> None:
         self._config, self._parties, self._flat = config, parties, setting.flat
         self.kind = config.algorithm
@@ -60,6 +65,7 @@ class Shards:
         plans = plan_shards(
             config,
             self.kind,
+            largest_density(config, self.kind, parties.count),
             buckets,
             [config.comes_last(setting.flat.shapes[bucket.parameters[0]]) for bucket in buckets],
             parties.count,
@@ -83,22 +89,37 @@ class Shards:
         """This rank's shard of each bucket."""
         self.largest = max((plan.n for shards in plans for plan in shards), default=0)
 
-    def post(self, bucket: int, outcome: Agreed, norm_sq: float) -> None:
-        """Tell the party's ranks how this rank's shard of `bucket` went. Local."""
+    def post(self, bucket: int, outcome: Agreed, grad_sq: float, xi: tuple[float, float]) -> None:
+        """Tell the party's ranks how this rank's shard of `bucket` went. Local.
+
+        Args:
+            bucket: Its number.
+            outcome: What its messages said.
+            grad_sq: Sum of squares of its fresh gradient.
+            xi: Squares of the numerator and the denominator.
+        """
         place = self._parties.place
         assert place is not None
-        self._boards[place][bucket] = outcome.finite, outcome.residual_sq, norm_sq
+        row = (outcome.finite, outcome.residual_sq, grad_sq, outcome.wanted, *xi)
+        self._boards[place][bucket] = row
 
     def board(self) -> Board:
         """All that was posted; after a fence equal on a party's ranks. Local."""
-        finite, residual_sq, norm_sq = np.concatenate(self._boards).T
-        return Board(bool(finite.all()), float(residual_sq.sum()), float(norm_sq.sum()))
+        posted = np.stack(self._boards, axis=1)
+        finite, residual_sq, grad_sq, _, error_sq, fresh_sq = posted.sum(axis=(0, 1))
+        return Board(
+            finite == posted.shape[0] * posted.shape[1],
+            float(residual_sq),
+            float(grad_sq),
+            posted[:, :, 3].copy(),
+            math.sqrt(error_sq / fresh_sq) if fresh_sq else math.nan,
+        )
 
-    def clip_factor(self, norm_sq: float) -> float:
+    def clip_factor(self, grad_sq: float) -> float:
         """What the next fresh gradient of this party is multiplied with. Local."""
-        if self._clip_norm is None or norm_sq == 0.0:
+        if self._clip_norm is None or grad_sq == 0.0:
             return 1.0
-        return min(1.0, self._clip_norm / math.sqrt(self._parties.count * norm_sq))
+        return min(1.0, self._clip_norm / math.sqrt(self._parties.count * grad_sq))
 
     def volume(self, whole: Sequence[bool]) -> tuple[int, float]:
         """Entries and bytes that a party sends per step by formula. Local.
@@ -110,13 +131,23 @@ class Shards:
         size, coding, kind = self._parties.count, self._config.coding, KINDS[self.kind]
         for shards, all_of_it in zip(self.by_bucket, whole, strict=True):
             for shard in shards:
-                entries += shard.plan.n if all_of_it else shard.plan.count
+                entries += shard.plan.n if all_of_it else shard.count
                 nbytes += (
                     8 * shard.plan.n * (size - 1) / size
                     if all_of_it
-                    else kind.sent_bytes(size, coding, shard.plan.count)
+                    else kind.sent_bytes(size, coding, shard.count)
                 )
         return entries, nbytes
+
+    def describe(self) -> str:
+        """What is done here, for people. Local."""
+        config = self._config
+        if self._parties.count == 1:
+            return "one node: everything is summed in shared memory"
+        return (
+            f"{self.kind} of {config.density:.3g} of the entries per "
+            f"{'node' if config.hierarchy else 'rank'}, {config.index} and {config.values}"
+        )
 
     def close(self) -> None:
         """Collective over the party. Frees the shared memory."""
@@ -132,7 +163,6 @@ class Shards:
             inbox = self.memory.slices[place][plan.inbox]
             me = parties.across.rank if mine else None
             sparse = KINDS[self.kind](plan.n, parties.count, self._config.coding, inbox, me)
-            sparse.set_count(plan.count)
         if mine:
             others = [g[where] for rank, g in enumerate(self._gradients) if rank != place]
             params_N = self._flat.params_P.numpy()[where]
@@ -141,7 +171,7 @@ class Shards:
         return Shard(plan, place, grad_N, sparse, feedback)
 
 
-def local_rule(config: Topk, setting: Setting, parties: int) -> LocalRule:
+def local_rule(config: TopkSettings, setting: Setting, parties: int) -> LocalRule:
     """What of the optimiser's rule comes before selection. Local.
 
     Raises:

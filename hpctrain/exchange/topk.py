@@ -24,21 +24,25 @@ from pydantic import Field, model_validator
 
 from hpctrain.compress.wire import Coding
 from hpctrain.exchange.setting import Setting
+from hpctrain.exchange.switch import Switch
 from hpctrain.exchange.topk_exchange import TopkExchange
+from hpctrain.exchange.tuned import Tuned
 from hpctrain.optimiser import OptimiserConfig
 from hpctrain.settings import Train
 from hpctrain.table import Table
+from hpctrain.transport.communicator import Communicator
 
 
-class Topk(Table):
-    """[exchange] kind = "topk": the largest entries with error feedback."""
+class TopkSettings(Table):
+    """What `topk` and `auto` have in common."""
 
-    kind: Literal["topk"] = "topk"
-    """Send the largest accumulated entries."""
     density: float = Field(default=0.01, gt=0.0, le=1.0)
     """Fraction of the entries of each bucket that each node sends per step."""
     warmup_steps: int = Field(default=0, ge=0)
-    """So many steps at the start sum everything, as long as gradients are large."""
+    """So many steps lead from 25 % down to `density`, by a factor of 4 per stage; stages that would
+    send as much as a dense sum are dense."""
+    tune: Tuned | None = None
+    """Choose the density at every step by the most descent per cost; `density` holds at first."""
     algorithm: Literal["auto", "gather", "exclusive", "owner"] = "auto"
     """What travels: everybody's entries to all (gather), values at positions that one node picks
     (exclusive), entries to the owner of their part and sums back (owner). auto: gather for two
@@ -55,13 +59,15 @@ class Topk(Table):
     """Keep what was not sent for later steps."""
     hierarchy: bool = True
     """Sum over the ranks of a node first; false: every rank sends its own entries."""
+    xi_every: int = Field(default=0, ge=0)
+    """Measure the convergence assumption of Alistarh et al. every so many steps; 0 = never."""
     dense_below: int = Field(default=16384, ge=0)
     """Parameters with fewer entries, and those of one dimension, are summed whole."""
     bucket_mib: float = Field(default=16.0, gt=0.0)
     """Largest bucket in MiB: small ones start earlier, large ones cost fewer messages."""
 
     @model_validator(mode="after")
-    def _feedback_for_rounded_values(self) -> Topk:
+    def _feedback_for_rounded_values(self) -> TopkSettings:
         if not self.feedback and self.values != "float32":
             raise ValueError(
                 f'values = "{self.values}" rounds, and without feedback the error is lost; set '
@@ -69,9 +75,9 @@ class Topk(Table):
             )
         return self
 
-    def count(self, n: int) -> int:
-        """Entries that a shard of n sends per step. Local."""
-        return min(n, math.ceil(self.density * n))
+    def count(self, n: int, density: float) -> int:
+        """Entries that a shard of n sends per step at that density. Local."""
+        return min(n, math.ceil(density * n))
 
     def comes_last(self, shape: torch.Size) -> bool:
         """Whether a parameter is summed whole. Local."""
@@ -85,7 +91,7 @@ class Topk(Table):
         """
         if train.dtype != "float32":
             raise ValueError(
-                f'exchange.kind = "topk" sends float32 gradients, but train.dtype = '
+                f"this exchange sends float32 gradients, but train.dtype = "
                 f'"{train.dtype}"; use "float32", or exchange.kind = "dense"'
             )
         if self.gives == "update" and optimiser.kind != "sgd":
@@ -99,6 +105,17 @@ class Topk(Table):
         """How entries travel."""
         return Coding(self.index, self.values)
 
+    def make_switch(self, n_buckets: int, comm: Communicator) -> Switch | None:
+        """What chooses between sparse and dense, bucket by bucket; None: always sparse. Local."""
+        return None
+
     def build(self, setting: Setting) -> TopkExchange:
         """Collective. The running exchange."""
         return TopkExchange(self, setting)
+
+
+class Topk(TopkSettings):
+    """[exchange] kind = "topk": the largest entries with error feedback."""
+
+    kind: Literal["topk"] = "topk"
+    """Send the largest accumulated entries."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 
 from hpctrain.compress.select import Selector
@@ -13,17 +14,19 @@ from hpctrain.errors import ConfigError
 from hpctrain.exchange import residuals
 from hpctrain.exchange.apply import add_results, subtract_results
 from hpctrain.exchange.buckets import buckets_with_small
+from hpctrain.exchange.choice import Choice
 from hpctrain.exchange.lane import Lane
 from hpctrain.exchange.parties import Agreed, Parties
 from hpctrain.exchange.ready import ReadyBuckets
 from hpctrain.exchange.setting import Setting
 from hpctrain.exchange.shards import Shards
 from hpctrain.exchange.whole import Whole
+from hpctrain.exchange.xi import measured
 from hpctrain.state import Placed, State
 from hpctrain.transport.communicator import Handle
 
 if TYPE_CHECKING:
-    from hpctrain.exchange.topk import Topk
+    from hpctrain.exchange.topk import TopkSettings
 
 
 class TopkExchange:
@@ -39,31 +42,33 @@ class TopkExchange:
         ConfigError: the model is not float32.
     """
 
-    def __init__(self, config: Topk, setting: Setting) -> None:
+    def __init__(self, config: TopkSettings, setting: Setting) -> None:
         self.gives: Literal["gradient", "update"] = config.gives
         self._config, self._comm, self._flat = config, setting.comm, setting.flat
-        if self._flat.params_P.dtype != torch.float32:
-            raise ConfigError(
-                'exchange.kind = "topk" sends float32 gradients; train.dtype is '
-                f'"{str(self._flat.params_P.dtype).removeprefix("torch.")}"'
-            )
-        sizes = [where.stop - where.start for where in self._flat.slices]
-        small = [config.comes_last(shape) for shape in self._flat.shapes]
+        flat = setting.flat
+        if flat.params_P.dtype != torch.float32:
+            raise ConfigError(f"top-k sends float32 gradients; the model is {flat.params_P.dtype}")
         self._buckets = buckets_with_small(
-            self._flat.names, sizes, small, 4, int(config.bucket_mib * 2**20)
+            flat.names,
+            [where.stop - where.start for where in flat.slices],
+            [config.comes_last(shape) for shape in flat.shapes],
+            flat.grads_P.element_size(),
+            int(config.bucket_mib * 2**20),
         )
         self.bucket_names = [bucket.name for bucket in self._buckets]
         self._parties = Parties(setting.comm, by_node=config.hierarchy)
         self._shards = Shards(config, setting, self._buckets, self._parties)
+        self._choice = Choice(config, self._shards, self._parties, self._parties.everyone)
         self._selector = Selector(max(self._shards.largest, 1))
         self._whole = Whole()
         self._lane = Lane(threaded=setting.comm.any_thread and setting.comm.size > 1)
-        self._ready = ReadyBuckets(self._flat, self._buckets, self._start)
+        self._ready = ReadyBuckets(flat, self._buckets, self._start)
         self._step = 0
-        self._lr = 1.0
+        self._lr = math.nan
+        self._exposed_s = 0.0
         self._clip = 1.0
         self._told: dict[str, float] = {}
-        self.algorithm = self._describe()
+        self.algorithm = self._shards.describe()
 
     @property
     def current(self) -> int:
@@ -73,6 +78,8 @@ class TopkExchange:
     def arm(self, lr: float = 1.0) -> None:
         """Say that the next backward pass is the step's last. Local."""
         self._lr = lr if self.gives == "update" else 1.0
+        self._choice.begin(self._step)
+        self._lane.in_turn = self._choice.measures
         self._ready.arm()
 
     def disarm(self) -> None:
@@ -81,32 +88,37 @@ class TopkExchange:
 
     def finish(self) -> bool:
         """Collective. Complete all buckets; whether everything was finite on all ranks."""
+        if not self._ready.armed:
+            raise RuntimeError("finish() without arm(lr): this step's lr is unknown")
+        began = time.perf_counter()
         self._ready.finish()
         self._lane.finish()
         self._shards.memory.fence()
-        self._collect_bytes()
+        self._exposed_s = time.perf_counter() - began
+        self._parties.count_into(self._comm.ledger)
         self._board = self._shards.board()
         return self._board.finite
 
     def settle(self, *, keep: bool) -> None:
         """Collective. Commit the residuals and apply the result, or undo the step."""
         for bucket, shard in enumerate(self._shards.mine):
-            if shard is None:
+            if shard is None or shard.feedback is None:
                 continue
-            assert shard.feedback is not None
             if keep:
-                shard.feedback.commit(sent_all=self._is_whole(bucket))
-            elif shard.sparse is not None and not self._is_whole(bucket):
+                shard.feedback.commit(sent_all=self._choice.whole[bucket])
+            elif shard.sparse is not None and not self._choice.whole[bucket]:
                 shard.sparse.undo()
         if keep:
-            self._apply()
+            apply_s = self._apply()
+            self._clip = self._shards.clip_factor(self._board.grad_sq)
             self._tell()
+            self._choice.settle(self._board.wanted, self._exposed_s, self._lane.seconds, apply_s)
         # A neighbour may still read this rank's part of a sum, which the next backward overwrites.
         self._shards.memory.fence()
         self._step += 1
 
     def tally(self) -> dict[str, float]:
-        """density, residual_norm and bytes_formula of the last step. Local."""
+        """Numbers of the last step, for metrics.jsonl, equal on all ranks. Local."""
         return self._told
 
     def close(self) -> None:
@@ -117,10 +129,12 @@ class TopkExchange:
         self._shards.close()
 
     def state(self) -> State:
-        """Residuals, velocities and what owners have not sent, aliasing live memory. Local."""
+        """Residuals (with what owners have pending) and velocities. Local."""
         tensors = residuals.state_of(self._shards.mine, self._parties)
         tensors["clip"] = Placed(torch.tensor([self._clip]), "per_rank", "reset")
-        return State(tensors, {"step": self._step, "layout": ",".join(self._flat.names)})
+        counters = self._choice.counters()
+        counters |= {"step": self._step, "layout": ",".join(self._flat.names)}
+        return State(tensors, counters)
 
     def load_state(self, state: State) -> None:
         """Copy a state's values into the live memory. Local.
@@ -137,6 +151,7 @@ class TopkExchange:
         if "clip" in state.tensors:
             self._clip = float(state.tensors["clip"].tensor)
         residuals.load_into(self._shards.mine, state)
+        self._choice.load_counters(state.counters)
 
     def _start(self, bucket: int) -> None:
         self._lane.start(bucket, self._task(bucket))
@@ -145,63 +160,43 @@ class TopkExchange:
         """Collective. The exchange of one bucket."""
         self._shards.memory.fence()
         shard = self._shards.mine[bucket]
-        if shard is None:
+        if shard is None or shard.feedback is None:
             return
-        feedback = shard.feedback
-        assert feedback is not None
+        feedback, phases, xi = shard.feedback, self._parties.phases, (0.0, 0.0)
         feedback.begin(self._lr, self._clip)
-        phases = self._parties.phases
         outcome: Agreed
-        if self._is_whole(bucket):
+        if self._choice.whole[bucket] or shard.sparse is None:
             outcome = yield from self._whole.exchange(feedback, phases)
         else:
-            assert shard.sparse is not None
-            outcome = yield from shard.sparse.exchange(
-                self._step, bucket, feedback, self._selector, 0, phases
+            where = {"step": self._step, "bucket": bucket}
+            wanted = self._choice.wanted(feedback)
+            sparse = shard.sparse
+            exchange = sparse.exchange(
+                feedback=feedback, selector=self._selector, wanted=wanted, phases=phases, **where
             )
-        self._shards.post(bucket, outcome, feedback.grad_sq)
+            every = self._config.xi_every
+            if every and self._step % every == 0:
+                outcome, *squares = yield from measured(
+                    exchange, sparse, feedback, phases, count=shard.count, **where
+                )
+                xi = (squares[0], squares[1])
+            else:
+                outcome = yield from exchange
+        self._shards.post(bucket, outcome, feedback.grad_sq, xi)
 
-    def _is_whole(self, bucket: int) -> bool:
-        return (
-            self._step < self._config.warmup_steps
-            or self._shards.by_bucket[bucket][0].sparse is None
-        )
-
-    def _apply(self) -> None:
-        results = [
-            (bucket, shard, None if self._is_whole(bucket) else shard.sparse)
-            for bucket, shards in enumerate(self._shards.by_bucket)
-            for shard in shards
-        ]
+    def _apply(self) -> list[float]:
+        """Apply all results; seconds per bucket."""
+        args = self._shards.by_bucket, self._choice.whole, self._step
         if self.gives == "update":
-            subtract_results(self._flat.params_P.numpy(), results, self._step)
-            self._clip = self._shards.clip_factor(self._board.norm_sq)
-        else:
-            own = self._parties.place
-            add_results(self._flat.grads_P.numpy(), results, self._step, own)
+            return subtract_results(self._flat.params_P.numpy(), *args)
+        return add_results(self._flat.grads_P.numpy(), *args, self._parties.place)
 
     def _tell(self) -> None:
-        whole = [self._is_whole(bucket) for bucket in range(len(self._buckets))]
-        sent, nbytes = self._shards.volume(whole)
+        sent, nbytes = self._shards.volume(self._choice.whole)
         self._told = {
             "density": sent / self._flat.n_params,
-            "residual_norm": float(np.sqrt(self._board.residual_sq)),
+            "residual_norm": math.sqrt(self._board.residual_sq),
             "bytes_formula": nbytes,
-        }
-
-    def _collect_bytes(self) -> None:
-        counted = self._parties.ledger
-        self._comm.ledger.add(
-            intra=counted.bytes_sent_intra, inter=counted.bytes_sent_inter, source=counted.source
-        )
-        counted.bytes_sent_intra = counted.bytes_sent_inter = 0
-
-    def _describe(self) -> str:
-        parties, config = self._parties, self._config
-        if parties.count == 1:
-            return "one node: everything is summed in shared memory"
-        who = "node" if config.hierarchy else "rank"
-        return (
-            f"{self._shards.kind} of {config.density:.3g} of the entries per {who}, "
-            f"{config.index} and {config.values}"
-        )
+        } | self._choice.tally()
+        if not math.isnan(self._board.xi):
+            self._told["xi"] = self._board.xi

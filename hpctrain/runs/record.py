@@ -55,6 +55,7 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "density": ("", "fraction of the gradient's entries that each node (or rank) sent"),
         "residual_norm": ("", "Euclidean norm of all residuals, in units of the update"),
         "xi": ("", "of Alistarh et al. 2018, assumption 1, on the steps where it is measured"),
+        "retry_share": ("", "share of the time spent trying the slower form (exchange auto)"),
         "bytes_formula": ("bytes", "that a node sends per step by the exchange's formula"),
         "samples_per_s": ("samples/s", "over all ranks, since the previous step line"),
     },
