@@ -58,8 +58,7 @@ class Feedback:
         grad_N: float32; this rank's fresh gradient, overwritten.
         neighbours: The same piece of the gradients of the node's other ranks, to be added.
         params_N: The parameters, for weight decay.
-        waits: Whether entries may have to wait; False: all are sent at every step, and there is no
-            residual.
+        all_N: Where acc is to be made if all of it is sent at every step: there is no residual.
         block: Entries per block of `prepare`.
     """
 
@@ -69,11 +68,12 @@ class Feedback:
         grad_N: np.ndarray,
         neighbours: Sequence[np.ndarray],
         params_N: np.ndarray,
+        all_N: np.ndarray | None = None,
         *,
-        waits: bool = True,
         block: int = BLOCK,
     ) -> None:
         self.n = len(grad_N)
+        waits = all_N is None
         self.residual_N = np.zeros(self.n if waits else 0, np.float32)
         self.velocity_N = np.zeros(self.n if rule.momentum else 0, np.float32)
         """As last committed; empty without momentum."""
@@ -84,8 +84,13 @@ class Feedback:
         self._rule, self._waits, self._block = rule, waits, block
         self._grad_N, self._neighbours, self._params_N = grad_N, neighbours, params_N
         self._next_velocity_N = np.zeros_like(self.velocity_N)
-        self._in_place = bool(rule.momentum) or not waits
-        self.acc_N = grad_N if self._in_place else np.zeros(self.n, np.float32)
+        self._in_place = waits and bool(rule.momentum)
+        if all_N is not None:
+            self.acc_N = all_N
+        elif self._in_place:
+            self.acc_N = grad_N
+        else:
+            self.acc_N = np.zeros(self.n, np.float32)
         self._lr, self._clip = 0.0, 1.0
         self._acc_sq = 0.0
         self._prepared = False
@@ -164,13 +169,13 @@ class Feedback:
             self._next_velocity_N[indices_K] = 0.0
 
     def publish(self) -> None:
-        """Put acc into the memory of the gradient, where the node's other ranks read it."""
-        if not self._in_place:
+        """Put acc where the node's other ranks read it: into `all_N`, or else the gradient."""
+        if self._waits and not self._in_place:
             self._grad_N[:] = self.acc_N
 
     def commit(self, *, sent_all: bool = False) -> None:
         """The step counts: acc becomes the residual, zero where all was sent."""
-        if sent_all or not self._rule.feedback:
+        if sent_all or not self._keeps:
             self.residual_N[:] = 0.0
             self.residual_sq = 0.0
         else:

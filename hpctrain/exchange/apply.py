@@ -32,7 +32,7 @@ def subtract_results(
         for shard in shards:
             params_N = params_P[shard.plan.start : shard.plan.stop]
             if whole[bucket] or shard.sparse is None:
-                params_N -= shard.grad_N
+                params_N -= shard.sum_N
                 continue
             for indices, values in shard.sparse.results(step, bucket):
                 params_N[indices] -= values
@@ -54,7 +54,7 @@ def add_results(
         by_bucket: All shards.
         whole: Which buckets were summed whole.
         step: Of the exchange.
-        own: This rank's place, whose sums are in its gradient already.
+        own: This rank's place; sums may be in its gradient already.
 
     Returns:
         Seconds per bucket.
@@ -65,8 +65,8 @@ def add_results(
         for shard in shards:
             grads_N = grads_P[shard.plan.start : shard.plan.stop]
             if whole[bucket] or shard.sparse is None:
-                if shard.place != own:
-                    grads_N[:] = shard.grad_N
+                if shard.place != own or not shard.sparse:
+                    grads_N[:] = shard.sum_N
                 continue
             grads_N[:] = 0.0
             for indices, values in shard.sparse.results(step, bucket):

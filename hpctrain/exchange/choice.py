@@ -47,6 +47,11 @@ class Choice:
         """Whether this step's buckets go one after another, to be timed."""
         return self._switch is not None and self._switch.measures
 
+    @property
+    def sums_in_gradients(self) -> bool:
+        """Whether this step's sums lie where the next backward writes."""
+        return self.whole != self._always
+
     def begin(self, step: int) -> None:
         """Decide a step. Local."""
         warming = self._counts.begin(step)

@@ -37,7 +37,8 @@ class ShardPlan:
     count: int
     """Most entries that a party sends per step; 0: the shard is always summed whole."""
     inbox: slice
-    """Bytes in the memory of the rank at the shard's place."""
+    """Bytes in the memory of the rank at the shard's place: messages, or the sum of a shard that is
+    always summed whole."""
 
     @property
     def n(self) -> int:
@@ -52,8 +53,9 @@ class Shard:
     plan: ShardPlan
     place: int
     """The ranks at this place of each party work on it."""
-    grad_N: np.ndarray
-    """The gradient of the rank at that place; a whole exchange leaves its sum here."""
+    sum_N: np.ndarray
+    """Where a whole exchange leaves its sum: the inbox of a shard that is always summed whole, else
+    the gradient of the rank at that place."""
     sparse: Sparse | None
     """None where the shard is always summed whole."""
     feedback: Feedback | None = None
@@ -102,7 +104,7 @@ def plan_shards(
             n = stop - start
             all_of_it = whole or parties == 1 or density == 1.0
             count = 0 if all_of_it else config.count(n, density)
-            nbytes = KINDS[kind].inbox_bytes(n, parties, config.coding, count) if count else 0
+            nbytes = KINDS[kind].inbox_bytes(n, parties, config.coding, count) if count else 4 * n
             inbox = slice(offset, offset + nbytes)
             shards.append(ShardPlan(bucket.start + start, bucket.start + stop, count, inbox))
             end = max(end, -(-inbox.stop // _ALIGN) * _ALIGN)

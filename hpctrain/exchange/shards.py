@@ -158,17 +158,17 @@ class Shards:
         parties, where = self._parties, slice(plan.start, plan.stop)
         mine = place == parties.place
         grad_N = self._gradients[place][where]
+        inbox = self.memory.slices[place][plan.inbox]
+        sum_N = grad_N if plan.count else inbox.view(np.float32)
         sparse = feedback = None
         if plan.count:
-            inbox = self.memory.slices[place][plan.inbox]
             me = parties.across.rank if mine else None
             sparse = KINDS[self.kind](plan.n, parties.count, self._config.coding, inbox, me)
         if mine:
             others = [g[where] for rank, g in enumerate(self._gradients) if rank != place]
             params_N = self._flat.params_P.numpy()[where]
-            waits = plan.count > 0
-            feedback = Feedback(self._rule, grad_N, others, params_N, waits=waits)
-        return Shard(plan, place, grad_N, sparse, feedback)
+            feedback = Feedback(self._rule, grad_N, others, params_N, None if plan.count else sum_N)
+        return Shard(plan, place, sum_N, sparse, feedback)
 
 
 def local_rule(config: TopkSettings, setting: Setting, parties: int) -> LocalRule:

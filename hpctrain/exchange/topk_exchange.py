@@ -113,8 +113,9 @@ class TopkExchange:
             self._clip = self._shards.clip_factor(self._board.grad_sq)
             self._tell()
             self._choice.settle(self._board.wanted, self._exposed_s, self._lane.seconds, apply_s)
-        # A neighbour may still read this rank's part of a sum, which the next backward overwrites.
-        self._shards.memory.fence()
+        if self._choice.sums_in_gradients:
+            # A neighbour may still read a sum here, which the next backward overwrites.
+            self._shards.memory.fence()
         self._step += 1
 
     def tally(self) -> dict[str, float]:
