@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 1 << 16
-_HITS = 256
+_HITS = 128
 _SAMPLES = 1 << 15
 
 

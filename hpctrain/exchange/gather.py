@@ -72,12 +72,9 @@ class Gather:
         phases: Sequence[Communicator],
     ) -> Generator[Handle, None, Agreed]:
         """Collective over the parties. Pick, send, take; results are in the inbox at the end."""
-        picked = selector.pick(
-            feedback.acc_N, self._k, sample=feedback.sample, prepare=feedback.prepare
-        )
-        finite = picked.finite and feedback.is_finite
-        header = Header(finite, feedback.residual_sq, wanted)
-        if finite:
+        picked = feedback.pick(selector, self._k)
+        header = Header(picked.finite, feedback.residual_sq, wanted)
+        if picked.finite:
             feedback.take(picked.indices_K, self._out.write(step, bucket, picked, header))
         else:
             self._out.write(step, bucket, NOTHING, header)

@@ -82,9 +82,7 @@ class Owner:
     ) -> Generator[Handle, None, Agreed]:
         """Collective over the parties. As `Gather.exchange`."""
         self._before = []
-        picked = selector.pick(
-            feedback.acc_N, self._k, sample=feedback.sample, prepare=feedback.prepare
-        )
+        picked = feedback.pick(selector, self._k)
         self._request(step, bucket, feedback, picked, wanted)
         yield phases[0].ialltoall(self._to_owners, self._from_all)
         offers = [offer.read(step, bucket) for offer in self._offers]
@@ -112,7 +110,7 @@ class Owner:
 
     def pending(self, start: int) -> tuple[np.ndarray, tuple[Span, ...]]:
         """What is pending, and which entries those are if the shard begins at `start`. Local."""
-        if self._me is None:
+        if self._me is None or not len(self.pending_N):
             return self.pending_N, ()
         parts, stop = self.parts, start + self.parts.n
         stride = parts.block * parts.parts
@@ -128,9 +126,8 @@ class Owner:
         self, step: int, bucket: int, feedback: Feedback, picked: Picked, wanted: int
     ) -> None:
         """Write each owner's slot and take from `feedback` what fits."""
-        finite = picked.finite and feedback.is_finite
-        header = Header(finite, feedback.residual_sq, wanted)
-        if not finite:
+        header = Header(picked.finite, feedback.residual_sq, wanted)
+        if not picked.finite:
             picked = NOTHING
         indices = picked.indices_K.astype(np.int64)
         parts = self.parts.part_of(indices).astype(np.uint16)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from hpctrain.exchange.topk import TopkSettings
 
 
+_WATCH_EVERY = 10
+"""Steps between two residual norms in the record; record.every_steps is 10 by default."""
+
+
 class TopkExchange:
     """The top-k exchange. Collective to make.
 
@@ -164,7 +168,9 @@ class TopkExchange:
         if shard is None or shard.feedback is None:
             return
         feedback, phases, xi = shard.feedback, self._parties.phases, (0.0, 0.0)
-        feedback.begin(self._lr, self._clip)
+        # The next step's messages tell it.
+        watch = (self._step + 2) % _WATCH_EVERY == 0
+        feedback.begin(self._lr, self._clip, watch=watch)
         outcome: Agreed
         if self._choice.whole[bucket] or shard.sparse is None:
             outcome = yield from self._whole.exchange(feedback, phases)
@@ -196,8 +202,9 @@ class TopkExchange:
         sent, nbytes = self._shards.volume(self._choice.whole)
         self._told = {
             "density": sent / self._flat.n_params,
-            "residual_norm": math.sqrt(self._board.residual_sq),
             "bytes_formula": nbytes,
         } | self._choice.tally()
+        if not math.isnan(self._board.residual_sq):
+            self._told["residual_norm"] = math.sqrt(self._board.residual_sq)
         if not math.isnan(self._board.xi):
             self._told["xi"] = self._board.xi

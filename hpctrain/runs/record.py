@@ -53,7 +53,7 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "bytes_sent_inter": ("bytes", f"sent between nodes, sum over ranks, {_PER_STEP}"),
         "bytes_source": ("", "counted, formula or link: where the byte counts come from"),
         "density": ("", "fraction of the gradient's entries that each node (or rank) sent"),
-        "residual_norm": ("", "Euclidean norm of all residuals, in units of the update"),
+        "residual_norm": ("", "Euclidean norm of all residuals before this step, every 10 steps"),
         "xi": ("", "of Alistarh et al. 2018, assumption 1, on the steps where it is measured"),
         "retry_share": ("", "share of the time spent trying the slower form (exchange auto)"),
         "bytes_formula": ("bytes", "that a node sends per step by the exchange's formula"),
