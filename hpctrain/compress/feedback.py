@@ -163,9 +163,25 @@ class Feedback:
         self._prepared = True
         return math.isfinite(self._acc_sq)
 
-    def pick(self, selector: Selector, k: int) -> Picked:
-        """Prepare what is not prepared, and the k entries of acc of largest magnitude."""
+    def pick(self, selector: Selector, k: int, start: int = 0, stop: int | None = None) -> Picked:
+        """The k entries of acc[start:stop] of largest magnitude; all of acc unless it is prepared.
+
+        Returns:
+            Positions count from `start`.
+        """
+        if self._prepared:
+            return selector.pick(self.acc_N[start:stop], k)
+        assert (start, stop) == (0, None), "prepare_all() comes before a part is picked"
         return selector.pick(self.acc_N, k, sample=self.sample, prepare=self.prepare)
+
+    def values(self, indices_K: np.ndarray) -> np.ndarray:
+        """What acc holds at these positions."""
+        found: np.ndarray = self.acc_N[indices_K]
+        return found
+
+    def total(self) -> np.ndarray:
+        """All of acc, prepared, to be summed over parties in place."""
+        return self.acc_N
 
     def take(self, indices_K: np.ndarray, sent_K: np.ndarray) -> None:
         """`sent_K` goes out at `indices_K` (no index twice): what is left there stays in acc."""
@@ -197,7 +213,11 @@ class Feedback:
             self.velocity_N, self._next_velocity_N = self._next_velocity_N, self.velocity_N
         self._cut()
 
-    def load(self, residual_N: np.ndarray, velocity_N: np.ndarray | None) -> None:
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual and velocity, aliasing live memory; empty where there is none."""
+        return torch.from_numpy(self.residual_N), torch.from_numpy(self.velocity_N)
+
+    def load(self, residual_N: torch.Tensor, velocity_N: torch.Tensor | None) -> None:
         """Take stored values."""
         self.residual_N[:] = residual_N
         self.residual_sq = sum(float(torch.dot(part, part)) for part in self._residuals)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.exchange.counts import Counts
 from hpctrain.exchange.parties import Parties
 from hpctrain.exchange.shards import Shards
@@ -60,7 +60,7 @@ class Choice:
             always or warming or chosen for always, chosen in zip(self._always, modes, strict=True)
         ]
 
-    def wanted(self, feedback: Feedback) -> int:
+    def wanted(self, feedback: AnyFeedback) -> int:
         """How many entries this party would like to send of a shard. Local."""
         return self._counts.wanted(feedback)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.exchange.density import Compressor, SecondCost
 from hpctrain.exchange.parties import Parties
 from hpctrain.exchange.probe import second_cost
@@ -52,7 +52,7 @@ class Counts:
                     shard.set_count(self._config.count(shard.plan.n, density))
         return density == 1.0
 
-    def wanted(self, feedback: Feedback) -> int:
+    def wanted(self, feedback: AnyFeedback) -> int:
         """How many entries this party would like to send of a shard. Local."""
         if self._tuned is None:
             return 0

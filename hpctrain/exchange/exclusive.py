@@ -20,7 +20,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.compress.select import Picked, Selector
 from hpctrain.compress.wire import Coding, Header
 from hpctrain.exchange.gather import NOTHING, agreed, slots_in
@@ -73,7 +73,7 @@ class Exclusive:
         self,
         step: int,
         bucket: int,
-        feedback: Feedback,
+        feedback: AnyFeedback,
         selector: Selector,
         wanted: int,
         phases: Sequence[Communicator],
@@ -83,7 +83,7 @@ class Exclusive:
         size, n, each = self._size, self._n, self._k
         finite = feedback.prepare_all()
         start, stop = self._bounds[(self._me + step) % size]
-        picked = selector.pick(feedback.acc_N[start:stop], each) if finite else NOTHING
+        picked = feedback.pick(selector, each, start, stop) if finite else NOTHING
         header = Header(finite, feedback.residual_sq, wanted)
         (mine,) = slots_in(self._my_places, 1, n, each, self._places)
         mine.write(step, bucket, picked, header)
@@ -96,7 +96,7 @@ class Exclusive:
         for slot, indices in zip(
             slots_in(self._values, size, n, each, self._numbers), where, strict=True
         ):
-            entries = Picked(indices, feedback.acc_N[indices], finite=True)
+            entries = Picked(indices, feedback.values(indices), finite=True)
             feedback.take(indices, slot.write(step, bucket, entries, header))
         yield phases[1].ialltoall(self._values, self._offers)
         total = np.zeros(len(where[self._me]), np.float32)

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.compress.select import Picked, Selector
 from hpctrain.compress.wire import Coding, Header, Slot
 from hpctrain.exchange.parties import Agreed
@@ -66,7 +66,7 @@ class Gather:
         self,
         step: int,
         bucket: int,
-        feedback: Feedback,
+        feedback: AnyFeedback,
         selector: Selector,
         wanted: int,
         phases: Sequence[Communicator],

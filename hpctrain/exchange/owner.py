@@ -21,7 +21,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.compress.select import Picked, Selector, largest
 from hpctrain.compress.wire import Coding, Header, Slot
 from hpctrain.exchange.cyclic import Cyclic
@@ -75,7 +75,7 @@ class Owner:
         self,
         step: int,
         bucket: int,
-        feedback: Feedback,
+        feedback: AnyFeedback,
         selector: Selector,
         wanted: int,
         phases: Sequence[Communicator],
@@ -123,7 +123,7 @@ class Owner:
         self._before = []
 
     def _request(
-        self, step: int, bucket: int, feedback: Feedback, picked: Picked, wanted: int
+        self, step: int, bucket: int, feedback: AnyFeedback, picked: Picked, wanted: int
     ) -> None:
         """Write each owner's slot and take from `feedback` what fits."""
         header = Header(picked.finite, feedback.residual_sq, wanted)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from hpctrain.exchange.parties import Parties
@@ -19,9 +18,9 @@ from hpctrain.state import Pieces, Placed, Span, State
 
 def state_of(shards: Sequence[Shard | None], parties: Parties) -> dict[str, Placed]:
     """Residuals (with what owners have pending) and velocities of this rank's shards. Local."""
-    residuals: list[np.ndarray] = []
-    velocities: list[np.ndarray] = []
-    pending: list[np.ndarray] = []
+    residuals: list[torch.Tensor] = []
+    velocities: list[torch.Tensor] = []
+    pending: list[torch.Tensor] = []
     waiting: list[Span] = []
     moving: list[Span] = []
     spare: list[Span] = []
@@ -29,41 +28,40 @@ def state_of(shards: Sequence[Shard | None], parties: Parties) -> dict[str, Plac
         if shard is None or shard.feedback is None:
             continue
         here = Span.whole(shard.plan.start, shard.plan.stop)
+        residual, velocity = shard.feedback.stored()
         moving.append(here)
-        if len(shard.feedback.residual_N):
+        if len(residual):
             waiting.append(here)
-        residuals.append(shard.feedback.residual_N)
-        velocities.append(shard.feedback.velocity_N)
+        residuals.append(residual)
+        velocities.append(velocity)
         if shard.sparse is not None:
             values, where = shard.sparse.pending(shard.plan.start)
-            pending.append(values)
+            pending.append(torch.from_numpy(values).to(residual.device))
             spare.extend(where)
     pieces = Pieces(parties.mine, parties.count, (*waiting, *spare), len(spare))
-    placed = {"residual": Placed(_joined([*residuals, *pending]), "pieces", "sum", pieces)}
+    joined = torch.cat([torch.empty(0), *residuals, *pending])
+    placed = {"residual": Placed(joined, "pieces", "sum", pieces)}
     if any(len(velocity) for velocity in velocities):
         pieces = Pieces(parties.mine, parties.count, tuple(moving))
-        placed["velocity"] = Placed(_joined(velocities), "pieces", "sum", pieces)
+        placed["velocity"] = Placed(torch.cat(velocities), "pieces", "sum", pieces)
     return placed
 
 
 def load_into(shards: Sequence[Shard | None], state: State) -> None:
     """Copy a state's values into the shards' live memory. Local."""
-    residual = state.tensors["residual"].tensor.numpy()
-    velocity = state.tensors["velocity"].tensor.numpy() if "velocity" in state.tensors else None
+    residual = state.tensors["residual"].tensor
+    velocity = state.tensors["velocity"].tensor if "velocity" in state.tensors else None
     mine = [shard for shard in shards if shard is not None]
     at = moved = 0
     for shard in mine:
         feedback = shard.feedback
         assert feedback is not None
-        end, moving = at + len(feedback.residual_N), moved + len(feedback.velocity_N)
+        own_residual, own_velocity = feedback.stored()
+        end, moving = at + len(own_residual), moved + len(own_velocity)
         feedback.load(residual[at:end], None if velocity is None else velocity[moved:moving])
         at, moved = end, moving
     for shard in mine:
         if shard.sparse is not None:
             values, _ = shard.sparse.pending(shard.plan.start)
-            values[:] = residual[at : at + len(values)]
+            values[:] = residual[at : at + len(values)].numpy()
             at += len(values)
-
-
-def _joined(vectors: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, np.float32), *vectors]))

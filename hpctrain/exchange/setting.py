@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from hpctrain.compress.feedback import LocalRule
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import OptimiserConfig, Sgd
 from hpctrain.transport.communicator import Communicator, DenseReducer
@@ -23,3 +24,24 @@ class Setting:
     """(the [exchange] table, one name per bucket) -> what sums buckets; collective."""
     optimiser: OptimiserConfig = Sgd()
     """The update rule that follows, or that an exchange which gives updates applies itself."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the gradients lie in the memory of the host."""
+        return self.flat.grads_P.device.type == "cpu"
+
+    def local_rule(
+        self, gives: Literal["update", "gradient"], parties: int, *, feedback: bool
+    ) -> LocalRule:
+        """What of the optimiser's rule comes before selection: all of it for updates. Local."""
+        if gives == "gradient":
+            return LocalRule(feedback=feedback)
+        sgd = self.optimiser
+        assert isinstance(sgd, Sgd), "refused by require_fit"
+        return LocalRule(
+            momentum=sgd.momentum,
+            nesterov=sgd.nesterov,
+            weight_decay=sgd.weight_decay / parties,
+            feedback=feedback,
+            clips=sgd.clip_norm is not None,
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.exchange.buckets import Bucket
 from hpctrain.exchange.exclusive import Exclusive
 from hpctrain.exchange.gather import Gather
@@ -58,7 +58,7 @@ class Shard:
     the gradient of the rank at that place."""
     sparse: Sparse | None
     """None where the shard is always summed whole."""
-    feedback: Feedback | None = None
+    feedback: AnyFeedback | None = None
     """On the rank at that place."""
     count: int = 0
     """Entries that each party sends at this step, unless all are summed."""

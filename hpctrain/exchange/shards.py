@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hpctrain.compress.feedback import Feedback, LocalRule
+from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback, DeviceFeedback
 from hpctrain.exchange.buckets import Bucket
 from hpctrain.exchange.counts import largest_density
 from hpctrain.exchange.parties import Agreed, Parties
 from hpctrain.exchange.setting import Setting
 from hpctrain.exchange.shard import KINDS, Shard, ShardPlan, plan_shards
-from hpctrain.optimiser import Sgd
+from hpctrain.exchange.whole import Whole
 
 if TYPE_CHECKING:
     from hpctrain.exchange.topk import TopkSettings
@@ -57,9 +58,10 @@ class Shards:
         self.kind = config.algorithm
         if self.kind == "auto":
             self.kind = "gather" if parties.count == 2 else "exclusive"
-        self._rule = local_rule(config, setting, parties.count)
+        self._rule = setting.local_rule(config.gives, parties.count, feedback=config.feedback)
         self._clip_norm = setting.optimiser.clip_norm if self._rule.clips else None
-        grad_bytes = 4 * setting.flat.n_params
+        self._on_host = setting.on_host
+        grad_bytes = 4 * setting.flat.n_params if self._on_host else 0
         board_start = -(-grad_bytes // _ALIGN) * _ALIGN
         board_bytes = 8 * _COLUMNS * len(buckets)
         plans = plan_shards(
@@ -79,7 +81,8 @@ class Shards:
             part[board_start : board_start + board_bytes].view(np.float64).reshape(-1, _COLUMNS)
             for part in self.memory.slices[: parties.places]
         ]
-        setting.flat.place_gradients(torch.from_numpy(self._gradients[parties.inside.rank]))
+        if self._on_host:
+            setting.flat.place_gradients(torch.from_numpy(self._gradients[parties.inside.rank]))
         self.by_bucket = [
             [self._make(plan, place) for place, plan in enumerate(shards)] for shards in plans
         ]
@@ -89,7 +92,7 @@ class Shards:
         """This rank's shard of each bucket."""
         self.largest = max((plan.n for shards in plans for plan in shards), default=0)
 
-    def post(self, bucket: int, outcome: Agreed, grad_sq: float, xi: tuple[float, float]) -> None:
+    def post(self, bucket: int, outcome: Agreed, grad_sq: float, xi: Sequence[float]) -> None:
         """Tell the party's ranks how this rank's shard of `bucket` went. Local.
 
         Args:
@@ -121,23 +124,28 @@ class Shards:
             return 1.0
         return min(1.0, self._clip_norm / math.sqrt(self._parties.count * grad_sq))
 
-    def volume(self, whole: Sequence[bool]) -> tuple[int, float]:
-        """Entries and bytes that a party sends per step by formula. Local.
+    def tally(self, whole: Sequence[bool], board: Board) -> dict[str, float]:
+        """What the record tells of a step. Local.
 
         Args:
-            whole: Which buckets are summed whole.
+            whole: Which buckets were summed whole.
+            board: What was posted.
         """
         entries, nbytes = 0, 0.0
         size, coding, kind = self._parties.count, self._config.coding, KINDS[self.kind]
         for shards, all_of_it in zip(self.by_bucket, whole, strict=True):
             for shard in shards:
                 entries += shard.plan.n if all_of_it else shard.count
-                nbytes += (
-                    8 * shard.plan.n * (size - 1) / size
-                    if all_of_it
-                    else kind.sent_bytes(size, coding, shard.count)
-                )
-        return entries, nbytes
+                if all_of_it:
+                    nbytes += Whole.sent_bytes(size, shard.plan.n)
+                else:
+                    nbytes += kind.sent_bytes(size, coding, shard.count)
+        told = {"density": entries / self._flat.n_params, "bytes_formula": nbytes}
+        if not math.isnan(board.residual_sq):
+            told["residual_norm"] = math.sqrt(board.residual_sq)
+        if not math.isnan(board.xi):
+            told["xi"] = board.xi
+        return told
 
     def describe(self) -> str:
         """What is done here, for people. Local."""
@@ -151,40 +159,36 @@ class Shards:
 
     def close(self) -> None:
         """Collective over the party. Frees the shared memory."""
+        if self._on_host:
+            self._flat.place_gradients(torch.zeros_like(self._flat.params_P))
         self.by_bucket, self.mine, self._gradients, self._boards = [], [], [], []
         self.memory.close()
 
     def _make(self, plan: ShardPlan, place: int) -> Shard:
         parties, where = self._parties, slice(plan.start, plan.stop)
         mine = place == parties.place
-        grad_N = self._gradients[place][where]
         inbox = self.memory.slices[place][plan.inbox]
-        sum_N = grad_N if plan.count else inbox.view(np.float32)
-        sparse = feedback = None
+        if not plan.count:
+            sum_N = inbox.view(np.float32)
+        elif self._on_host:
+            sum_N = self._gradients[place][where]
+        else:
+            sum_N = np.zeros(plan.n, np.float32)
+        shard = Shard(plan, place, sum_N, None)
         if plan.count:
             me = parties.across.rank if mine else None
-            sparse = KINDS[self.kind](plan.n, parties.count, self._config.coding, inbox, me)
+            kind = KINDS[self.kind]
+            shard.sparse = kind(plan.n, parties.count, self._config.coding, inbox, me)
         if mine:
-            others = [g[where] for rank, g in enumerate(self._gradients) if rank != place]
-            params_N = self._flat.params_P.numpy()[where]
-            feedback = Feedback(self._rule, grad_N, others, params_N, None if plan.count else sum_N)
-        return Shard(plan, place, sum_N, sparse, feedback)
+            shard.feedback = self._feedback(plan, place, sum_N)
+        return shard
 
-
-def local_rule(config: TopkSettings, setting: Setting, parties: int) -> LocalRule:
-    """What of the optimiser's rule comes before selection. Local.
-
-    Raises:
-        ConfigError: the exchange gives updates, and the optimiser's rule is not local.
-    """
-    if config.gives == "gradient":
-        return LocalRule(feedback=config.feedback)
-    sgd = setting.optimiser
-    assert isinstance(sgd, Sgd)
-    return LocalRule(
-        momentum=sgd.momentum,
-        nesterov=sgd.nesterov,
-        weight_decay=sgd.weight_decay / parties,
-        feedback=config.feedback,
-        clips=sgd.clip_norm is not None,
-    )
+    def _feedback(self, plan: ShardPlan, place: int, sum_N: np.ndarray) -> AnyFeedback:
+        flat, where, waits = self._flat, slice(plan.start, plan.stop), plan.count > 0
+        params_N, grads = flat.params_P[where], self._gradients
+        if not self._on_host:
+            grad_N = flat.grads_P[where]
+            return DeviceFeedback(self._rule, grad_N, params_N, sum_N, waits=waits)
+        others = [grad[where] for rank, grad in enumerate(grads) if rank != place]
+        all_N = None if waits else sum_N
+        return Feedback(self._rule, grads[place][where], others, params_N.numpy(), all_N)

@@ -58,7 +58,8 @@ class TopkSettings(Table):
     feedback: bool = True
     """Keep what was not sent for later steps."""
     hierarchy: bool = True
-    """Sum over the ranks of a node first; false: every rank sends its own entries."""
+    """Sum over the ranks of a node first; false, and for gradients on GPUs: every rank sends its
+    own entries."""
     xi_every: int = Field(default=0, ge=0)
     """Measure the convergence assumption of Alistarh et al. every so many steps; 0 = never."""
     dense_below: int = Field(default=16384, ge=0)

@@ -12,7 +12,7 @@ import torch
 from hpctrain.compress.select import Selector
 from hpctrain.errors import ConfigError
 from hpctrain.exchange import residuals
-from hpctrain.exchange.apply import add_results, subtract_results
+from hpctrain.exchange.apply import put_results, subtract_results
 from hpctrain.exchange.buckets import buckets_with_small
 from hpctrain.exchange.choice import Choice
 from hpctrain.exchange.lane import Lane
@@ -60,13 +60,15 @@ class TopkExchange:
             int(config.bucket_mib * 2**20),
         )
         self.bucket_names = [bucket.name for bucket in self._buckets]
-        self._parties = Parties(setting.comm, by_node=config.hierarchy)
+        self._parties = Parties(setting.comm, by_node=config.hierarchy and setting.on_host)
         self._shards = Shards(config, setting, self._buckets, self._parties)
         self._choice = Choice(config, self._shards, self._parties, self._parties.everyone)
         self._selector = Selector(max(self._shards.largest, 1))
         self._whole = Whole()
         self._lane = Lane(threaded=setting.comm.any_thread and setting.comm.size > 1)
-        self._ready = ReadyBuckets(flat, self._buckets, self._start)
+        self._ready = ReadyBuckets(
+            flat, self._buckets, lambda bucket: self._lane.start(bucket, self._task(bucket))
+        )
         self._step = 0
         self._lr = math.nan
         self._exposed_s = 0.0
@@ -115,7 +117,8 @@ class TopkExchange:
         if keep:
             apply_s = self._apply()
             self._clip = self._shards.clip_factor(self._board.grad_sq)
-            self._tell()
+            self._told = self._shards.tally(self._choice.whole, self._board)
+            self._told |= self._choice.tally()
             self._choice.settle(self._board.wanted, self._exposed_s, self._lane.seconds, apply_s)
         if self._choice.sums_in_gradients:
             # A neighbour may still read a sum here, which the next backward overwrites.
@@ -130,7 +133,6 @@ class TopkExchange:
         """Collective. Remove the hooks, end the thread, free the shared memory."""
         self._ready.close()
         self._lane.close()
-        self._flat.place_gradients(torch.zeros_like(self._flat.params_P))
         self._shards.close()
 
     def state(self) -> State:
@@ -158,53 +160,36 @@ class TopkExchange:
         residuals.load_into(self._shards.mine, state)
         self._choice.load_counters(state.counters)
 
-    def _start(self, bucket: int) -> None:
-        self._lane.start(bucket, self._task(bucket))
-
     def _task(self, bucket: int) -> Iterator[Handle]:
         """Collective. The exchange of one bucket."""
         self._shards.memory.fence()
         shard = self._shards.mine[bucket]
         if shard is None or shard.feedback is None:
             return
-        feedback, phases, xi = shard.feedback, self._parties.phases, (0.0, 0.0)
+        feedback, phases, xi = shard.feedback, self._parties.phases, [0.0, 0.0]
         # The next step's messages tell it.
-        watch = (self._step + 2) % _WATCH_EVERY == 0
-        feedback.begin(self._lr, self._clip, watch=watch)
+        feedback.begin(self._lr, self._clip, watch=(self._step + 2) % _WATCH_EVERY == 0)
         outcome: Agreed
         if self._choice.whole[bucket] or shard.sparse is None:
             outcome = yield from self._whole.exchange(feedback, phases)
         else:
-            where = {"step": self._step, "bucket": bucket}
-            wanted = self._choice.wanted(feedback)
-            sparse = shard.sparse
-            exchange = sparse.exchange(
-                feedback=feedback, selector=self._selector, wanted=wanted, phases=phases, **where
-            )
             every = self._config.xi_every
-            if every and self._step % every == 0:
-                outcome, *squares = yield from measured(
-                    exchange, sparse, feedback, phases, count=shard.count, **where
-                )
-                xi = (squares[0], squares[1])
-            else:
-                outcome = yield from exchange
+            outcome, *xi = yield from measured(
+                shard.sparse,
+                feedback,
+                self._selector,
+                phases,
+                step=self._step,
+                bucket=bucket,
+                count=shard.count,
+                wanted=self._choice.wanted(feedback),
+                measure=every > 0 and self._step % every == 0,
+            )
         self._shards.post(bucket, outcome, feedback.grad_sq, xi)
 
     def _apply(self) -> list[float]:
         """Apply all results; seconds per bucket."""
         args = self._shards.by_bucket, self._choice.whole, self._step
         if self.gives == "update":
-            return subtract_results(self._flat.params_P.numpy(), *args)
-        return add_results(self._flat.grads_P.numpy(), *args, self._parties.place)
-
-    def _tell(self) -> None:
-        sent, nbytes = self._shards.volume(self._choice.whole)
-        self._told = {
-            "density": sent / self._flat.n_params,
-            "bytes_formula": nbytes,
-        } | self._choice.tally()
-        if not math.isnan(self._board.residual_sq):
-            self._told["residual_norm"] = math.sqrt(self._board.residual_sq)
-        if not math.isnan(self._board.xi):
-            self._told["xi"] = self._board.xi
+            return subtract_results(self._flat.params_P, *args)
+        return put_results(self._flat.grads_P, *args)

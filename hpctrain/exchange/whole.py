@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.exchange.parties import Agreed
 from hpctrain.transport.communicator import Communicator, Handle
 
@@ -26,13 +26,14 @@ class Whole:
         return 8 * n * (size - 1) / size
 
     def exchange(
-        self, feedback: Feedback, phases: Sequence[Communicator]
+        self, feedback: AnyFeedback, phases: Sequence[Communicator]
     ) -> Generator[Handle, None, Agreed]:
         """Collective over the parties. Blocks: background reductions of MPI libraries are slow."""
         finite = feedback.prepare_all()
+        total = feedback.total()
         if phases[0].size > 1:
-            phases[-1].allreduce(feedback.acc_N)
-            finite = bool(np.isfinite(feedback.acc_N).all())
+            phases[-1].allreduce(total)
+            finite = bool(np.isfinite(total).all())
         feedback.publish()
         yield from ()
         return Agreed(finite, 0.0, feedback.n)

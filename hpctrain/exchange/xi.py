@@ -16,7 +16,7 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from hpctrain.compress.feedback import Feedback
+from hpctrain.compress.feedback_device import AnyFeedback
 from hpctrain.compress.select import Selector
 from hpctrain.exchange.parties import Agreed
 from hpctrain.exchange.shard import Sparse
@@ -24,30 +24,47 @@ from hpctrain.transport.communicator import Communicator, Handle
 
 
 def measured(
-    exchange: Generator[Handle, None, Agreed],
     sparse: Sparse,
-    feedback: Feedback,
+    feedback: AnyFeedback,
+    selector: Selector,
     phases: Sequence[Communicator],
     *,
     step: int,
     bucket: int,
     count: int,
+    wanted: int,
+    measure: bool,
 ) -> Generator[Handle, None, tuple[Agreed, float, float]]:
-    """Collective over the parties. Run `exchange` and measure around it.
+    """Collective over the parties. Run a sparse exchange, and measure around it.
+
+    Args:
+        sparse: The exchange of one shard.
+        feedback: This rank's, of that shard.
+        selector: Of vectors of this length.
+        phases: Communicators of the exchange.
+        step: Number of the step.
+        bucket: Number of the bucket.
+        count: Entries that each party sends.
+        wanted: Entries that this party wants to send.
+        measure: Whether to measure.
 
     Returns:
-        What `exchange` returned, and the squares of xi's numerator and denominator in this shard.
+        What the exchange returned, and the squares of xi's numerator and denominator in this shard,
+        0 where they were not measured.
     """
-    if not feedback.prepare_all():
+    exchange = sparse.exchange(step, bucket, feedback, selector, wanted, phases)
+    if not measure:
         return (yield from exchange), 0.0, 0.0
-    total = feedback.acc_N.copy()
-    fresh = total - feedback.residual_N
+    # Whether this party's numbers are finite must not decide: all take part in the reductions.
+    feedback.prepare_all()
+    total = feedback.total().copy()
+    fresh = total - feedback.stored()[0].cpu().numpy()
     for vector in (total, fresh):
         phases[-1].allreduce(vector)
     outcome = yield from exchange
     error = np.zeros_like(total)
     if outcome.finite:
-        best = Selector(len(total)).pick(total, count)
+        best = selector.pick(total, count)
         error[best.indices_K] = best.values_K
         for indices, values in sparse.results(step, bucket):
             error[indices] -= values
