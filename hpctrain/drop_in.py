@@ -67,6 +67,7 @@ class Attached:
         finite = self._exchange.finish()
         self._exchange.settle(keep=finite)
         if not finite:
+            self._start()
             raise NonFinite(
                 "a gradient is inf or NaN; nothing was updated. Lower the step size or clip"
             )
@@ -77,6 +78,9 @@ class Attached:
         self.flat.grads_P.div_(samples if weighted else self.size)
         self.flat.attach_gradients()
         self._optimizer.step()
+        self._start()
+
+    def _start(self) -> None:
         self.flat.zero_grad()
         self._samples, self._weighted = 0, False
         self._exchange.arm()

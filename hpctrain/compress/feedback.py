@@ -58,7 +58,8 @@ class Feedback:
         grad_N: float32; this rank's fresh gradient, overwritten.
         neighbours: The same piece of the gradients of the node's other ranks, to be added.
         params_N: The parameters, for weight decay.
-        all_N: Where acc is to be made if all of it is sent at every step: there is no residual.
+        all_N: Where acc is to be made if all of it is sent at every step: there is no residual, but
+            one that `load` brings is sent with the first step.
         block: Entries per block of `prepare`.
     """
 
@@ -93,7 +94,7 @@ class Feedback:
             self.acc_N = np.zeros(self.n, np.float32)
         self._lr, self._clip, self._watch = 0.0, 1.0, True
         self._acc_sq = 0.0
-        self._prepared = False
+        self._prepared, self._finite = False, True
         self._cut()
 
     def begin(self, lr: float, clip: float = 1.0, *, watch: bool = True) -> None:
@@ -107,6 +108,7 @@ class Feedback:
         self._lr, self._clip, self._watch = lr, clip, watch
         self._prepared = False
         self._acc_sq = self.grad_sq = 0.0
+        self._finite = True
 
     @np.errstate(all="ignore")
     def sample(self, where: slice) -> np.ndarray:
@@ -153,15 +155,18 @@ class Feedback:
         else:
             torch.mul(direction, self._lr, out=acc)
         if self._watch:
-            self._acc_sq += float(torch.dot(acc, acc))
+            squares = float(torch.dot(acc, acc))
+            self._acc_sq += squares
+            if not math.isfinite(squares):
+                self._finite = self._finite and bool(torch.isfinite(acc).all())
 
     def prepare_all(self) -> bool:
-        """`prepare` every block. Whether acc is finite, and its sum of squares."""
+        """`prepare` every block. Whether acc is finite."""
         self._watch = True
         for start in range(0, self.n, self._block):
             self.prepare(start, min(start + self._block, self.n))
         self._prepared = True
-        return math.isfinite(self._acc_sq)
+        return self._finite
 
     def pick(self, selector: Selector, k: int, start: int = 0, stop: int | None = None) -> Picked:
         """The k entries of acc[start:stop] of largest magnitude; all of acc unless it is prepared.
@@ -200,7 +205,9 @@ class Feedback:
 
     def commit(self, *, sent_all: bool = False) -> None:
         """The step counts: acc becomes the residual, zero where all was sent."""
-        if sent_all or not self._keeps:
+        if not self._waits:
+            self.residual_N = self.residual_N[:0]
+        elif sent_all or not self._rule.feedback:
             self.residual_N[:] = 0.0
             self.residual_sq = 0.0
         else:
@@ -214,19 +221,23 @@ class Feedback:
         self._cut()
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residual and velocity, aliasing live memory; empty where there is none."""
-        return torch.from_numpy(self.residual_N), torch.from_numpy(self.velocity_N)
+        """Residual (N,) and velocity (N,), empty without momentum; they may alias live memory."""
+        residual_N = self.residual_N if len(self.residual_N) else np.zeros(self.n, np.float32)
+        return torch.from_numpy(residual_N), torch.from_numpy(self.velocity_N)
 
     def load(self, residual_N: torch.Tensor, velocity_N: torch.Tensor | None) -> None:
         """Take stored values."""
-        self.residual_N[:] = residual_N
+        if not self._waits:
+            self.residual_N = np.zeros(self.n if residual_N.any() else 0, np.float32)
+            self._cut()
+        self.residual_N[:] = residual_N[: len(self.residual_N)]
         self.residual_sq = sum(float(torch.dot(part, part)) for part in self._residuals)
         if velocity_N is not None:
             self.velocity_N[:] = velocity_N
 
     @property
     def _keeps(self) -> bool:
-        return self._rule.feedback and self._waits
+        return self._rule.feedback and len(self.residual_N) > 0
 
     def _cut(self) -> None:
         """Cut all vectors into blocks, once they lie where they lie."""

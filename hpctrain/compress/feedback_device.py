@@ -37,7 +37,7 @@ class DeviceFeedback:
         self.velocity_N = torch.zeros_like(grad_N if rule.momentum else grad_N[:0])
         self.residual_sq = self.grad_sq = 0.0
         self._rule, self._grad_N, self._params_N = rule, grad_N, params_N
-        self._sum_N, self._keeps = sum_N, waits and rule.feedback
+        self._sum_N, self._waits = sum_N, waits
         self._next_velocity_N = torch.zeros_like(self.velocity_N)
         self._acc_N = torch.zeros_like(grad_N)
         self._lr, self._clip, self._watch, self._calls = 0.0, 1.0, True, 0
@@ -91,7 +91,9 @@ class DeviceFeedback:
 
     def commit(self, *, sent_all: bool = False) -> None:
         """As `Feedback.commit`."""
-        if sent_all or not self._keeps:
+        if not self._waits:
+            self.residual_N = self.residual_N[:0]
+        elif sent_all or not self._rule.feedback:
             self.residual_N.zero_()
             self.residual_sq = 0.0
         else:
@@ -103,11 +105,14 @@ class DeviceFeedback:
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """As `Feedback.stored`."""
-        return self.residual_N, self.velocity_N
+        residual_N = self.residual_N if len(self.residual_N) else torch.zeros_like(self._grad_N)
+        return residual_N, self.velocity_N
 
     def load(self, residual_N: Tensor, velocity_N: Tensor | None) -> None:
         """Take stored values."""
-        self.residual_N.copy_(residual_N)
+        if not self._waits and residual_N.any():
+            self.residual_N = torch.zeros_like(self._grad_N)
+        self.residual_N.copy_(residual_N[: len(self.residual_N)])
         self.residual_sq = float(self.residual_N.square().sum())
         if velocity_N is not None:
             self.velocity_N.copy_(velocity_N)
@@ -128,7 +133,7 @@ class DeviceFeedback:
             after = self._next_velocity_N
             torch.add(grad, self.velocity_N, alpha=rule.momentum, out=after)
             direction = grad.add_(after, alpha=rule.momentum) if rule.nesterov else after
-        if self._keeps:
+        if rule.feedback and len(self.residual_N):
             torch.add(self.residual_N, direction, alpha=self._lr, out=self._acc_N)
         else:
             torch.mul(direction, self._lr, out=self._acc_N)

@@ -142,7 +142,7 @@ class Slot:
         self._words[_FINITE] = header.finite
         self._words[_WANTED] = header.wanted
         self._floats[_SCALE] = scale
-        self._floats[_NORM] = header.residual_sq
+        self._floats[_NORM] = min(header.residual_sq, float(np.finfo(np.float32).max))
         self._words[_CHECKSUM] = self._checksum()
         return sent
 

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from hpctrain.errors import ConfigError
 from hpctrain.exchange.buckets import Bucket, make_buckets
 from hpctrain.exchange.ready import ReadyBuckets
 from hpctrain.exchange.setting import Setting
@@ -132,7 +133,17 @@ class DenseExchange:
         return State()
 
     def load_state(self, state: State) -> None:
-        """Nothing to take back."""
+        """Nothing to take back. Local.
+
+        Raises:
+            ConfigError: the checkpoint is of an exchange that remembers something.
+        """
+        if state.tensors:
+            raise ConfigError(
+                "the checkpoint is of another exchange, and a dense one would lose what it holds "
+                f"({', '.join(sorted(state.tensors)[:3])}). Resume with the [exchange] table the "
+                "run was started with"
+            )
 
     def _start(self, index: int) -> None:
         if self._reducer is not None:

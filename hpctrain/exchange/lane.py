@@ -69,6 +69,8 @@ class Lane:
 
     def finish(self) -> None:
         """Wait until every task has ended."""
+        if self._error is not None:
+            raise self._error
         if self._thread and not self.in_turn:
             self._queue.put(True)
             self._drained.wait()

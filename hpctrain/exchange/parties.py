@@ -8,8 +8,9 @@ import numpy as np
 
 from hpctrain.transport.communicator import Communicator, Ledger, SharedWindow
 
-PHASES = 3
-"""Most phases of an exchange; each has a communicator of its own (see `lane`)."""
+PHASES = 4
+"""Communicators of an exchange, one for each of at most three phases (see `lane`), and the last one
+for sums."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,15 @@ class Parties:
         self.across = across
         self.phases = [_split(across, 0) for _ in range(PHASES)]
 
-    def count_into(self, ledger: Ledger) -> None:
-        """Add what was sent since the last call to `ledger`. Local."""
+    def count_into(self, ledger: Ledger, seconds: float) -> None:
+        """Add what was sent since the last call, and seconds of waiting, to `ledger`. Local."""
         sent = self.ledger
-        ledger.add(intra=sent.bytes_sent_intra, inter=sent.bytes_sent_inter, source=sent.source)
+        ledger.add(
+            intra=sent.bytes_sent_intra,
+            inter=sent.bytes_sent_inter,
+            seconds=seconds,
+            source=sent.source,
+        )
         sent.bytes_sent_intra = sent.bytes_sent_inter = 0
 
     def memory(self, nbytes: int) -> PartyMemory:

@@ -21,7 +21,6 @@ def state_of(shards: Sequence[Shard | None], parties: Parties) -> dict[str, Plac
     residuals: list[torch.Tensor] = []
     velocities: list[torch.Tensor] = []
     pending: list[torch.Tensor] = []
-    waiting: list[Span] = []
     moving: list[Span] = []
     spare: list[Span] = []
     for shard in shards:
@@ -30,15 +29,13 @@ def state_of(shards: Sequence[Shard | None], parties: Parties) -> dict[str, Plac
         here = Span.whole(shard.plan.start, shard.plan.stop)
         residual, velocity = shard.feedback.stored()
         moving.append(here)
-        if len(residual):
-            waiting.append(here)
         residuals.append(residual)
         velocities.append(velocity)
         if shard.sparse is not None:
             values, where = shard.sparse.pending(shard.plan.start)
             pending.append(torch.from_numpy(values).to(residual.device))
             spare.extend(where)
-    pieces = Pieces(parties.mine, parties.count, (*waiting, *spare), len(spare))
+    pieces = Pieces(parties.mine, parties.count, (*moving, *spare), len(spare))
     joined = torch.cat([torch.empty(0), *residuals, *pending])
     placed = {"residual": Placed(joined, "pieces", "sum", pieces)}
     if any(len(velocity) for velocity in velocities):

@@ -111,7 +111,7 @@ class Shards:
         posted = np.stack(self._boards, axis=1)
         finite, residual_sq, grad_sq, _, error_sq, fresh_sq = posted.sum(axis=(0, 1))
         return Board(
-            finite == posted.shape[0] * posted.shape[1],
+            bool(finite == posted.shape[0] * posted.shape[1]),
             float(residual_sq),
             float(grad_sq),
             posted[:, :, 3].copy(),
@@ -120,7 +120,7 @@ class Shards:
 
     def clip_factor(self, grad_sq: float) -> float:
         """What the next fresh gradient of this party is multiplied with. Local."""
-        if self._clip_norm is None or grad_sq == 0.0:
+        if self._clip_norm is None or not 0.0 < grad_sq < math.inf:
             return 1.0
         return min(1.0, self._clip_norm / math.sqrt(self._parties.count * grad_sq))
 

@@ -78,7 +78,8 @@ class TopkSettings(Table):
 
     def count(self, n: int, density: float) -> int:
         """Entries that a shard of n sends per step at that density. Local."""
-        return min(n, math.ceil(density * n))
+        # 0.07 * 100 is a little more than 7.
+        return min(n, math.ceil(round(density * n, 6)))
 
     def comes_last(self, shape: torch.Size) -> bool:
         """Whether a parameter is summed whole. Local."""

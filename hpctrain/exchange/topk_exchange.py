@@ -101,7 +101,7 @@ class TopkExchange:
         self._lane.finish()
         self._shards.memory.fence()
         self._exposed_s = time.perf_counter() - began
-        self._parties.count_into(self._comm.ledger)
+        self._parties.count_into(self._comm.ledger, self._exposed_s)
         self._board = self._shards.board()
         return self._board.finite
 
@@ -140,7 +140,7 @@ class TopkExchange:
         tensors = residuals.state_of(self._shards.mine, self._parties)
         tensors["clip"] = Placed(torch.tensor([self._clip]), "per_rank", "reset")
         counters = self._choice.counters()
-        counters |= {"step": self._step, "layout": ",".join(self._flat.names)}
+        counters |= {"step": self._step, "gives": self.gives, "layout": ",".join(self._flat.names)}
         return State(tensors, counters)
 
     def load_state(self, state: State) -> None:
@@ -149,11 +149,14 @@ class TopkExchange:
         Raises:
             ConfigError: the state is of another exchange or of another order of parameters.
         """
-        if state.counters.get("layout") != ",".join(self._flat.names):
-            raise ConfigError(
-                "the stored residuals do not belong to this exchange: its order of parameters is "
-                "another. Resume with the [exchange] and [model] tables the run was started with"
-            )
+        expected = {"gives": self.gives, "layout": ",".join(self._flat.names)}
+        for name, value in expected.items():
+            if state.counters.get(name) != value:
+                raise ConfigError(
+                    f"the checkpoint holds no residuals for this exchange: {name} is "
+                    f"{state.counters.get(name)}, not {value}. Resume with the [exchange] and "
+                    "[model] tables the run was started with"
+                )
         self._step = int(state.counters["step"] or 0)
         if "clip" in state.tensors:
             self._clip = float(state.tensors["clip"].tensor)

@@ -68,7 +68,7 @@ def _repieced(folder: Path, old_size: int, rank: int, own: dict[str, State]) -> 
         for name, placed in state.tensors.items():
             if placed.pieces is not None:
                 key = f"{part}/{name}"
-                tables = [_table(folder, old).get(key) for old in range(old_size)]
+                tables = [pieces_of(_table(folder, old).get(key, {})) for old in range(old_size)]
                 tensor = _assembled(folder, key, tables, rank, placed.pieces)
                 if tensor is not None:
                     result[key] = Placed(tensor, "pieces", "sum", placed.pieces)
@@ -76,9 +76,8 @@ def _repieced(folder: Path, old_size: int, rank: int, own: dict[str, State]) -> 
 
 
 def _assembled(
-    folder: Path, key: str, tables: list[dict[str, Any] | None], rank: int, pieces: Pieces
+    folder: Path, key: str, old: list[Pieces | None], rank: int, pieces: Pieces
 ) -> torch.Tensor | None:
-    old = [None if entry is None else _pieces(entry) for entry in tables]
     if rank < len(old) and old[rank] == pieces:
         return _read(folder / f"{rank_name(rank)}.safetensors", key)
     if not any(old):
@@ -103,7 +102,10 @@ def _assembled(
     return torch.cat([torch.empty(0), *parts]).to(torch.float32)
 
 
-def _pieces(entry: dict[str, Any]) -> Pieces:
+def pieces_of(entry: dict[str, Any]) -> Pieces | None:
+    """The pieces that a checkpoint's table tells of a tensor; None for one placed otherwise."""
+    if entry.get("placement") != "pieces":
+        return None
     held = entry["pieces"]
     spans = tuple(Span(**span) for span in held["spans"])
     return Pieces(held["party"], held["parties"], spans, held["spare"])

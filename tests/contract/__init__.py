@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite("contract.communicators", "contract.reducers")
+pytest.register_assert_rewrite("contract.communicators", "contract.exchanges", "contract.reducers")

@@ -37,7 +37,9 @@ def test_it_is_the_exact_top_k(n, density):
 @settings(deadline=None, max_examples=200)
 @given(
     x_N=arrays.arrays(
-        np.float32, st.integers(0, 400), elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40])
+        np.float32,
+        st.integers(0, 400),
+        elements=st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-40]),
     ),
     k=st.integers(0, 401),
     block=st.sampled_from([1, 7, 64]),
