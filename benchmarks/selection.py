@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,39 @@ def measure(n: int, density: float, repeats: int) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
+def count_in_training(steps: int) -> dict[str, int]:
+    """Steps of a training in which every pick had min(k, non-zeros) entries; and all picks."""
+    from hpctrain.api import run_on
+    from hpctrain.assemble import Options, World
+    from hpctrain.config import load
+    from hpctrain.transport.threads import run_threads
+
+    counts = {"steps": steps, "picks": 0, "exact": 0}
+    pick = Selector.pick
+
+    def counted(self: Selector, x_N: np.ndarray, k: int, **how: Any) -> Any:
+        picked = pick(self, x_N, k, **how)
+        counts["picks"] += 1
+        counts["exact"] += len(picked.indices_K) == min(k, np.count_nonzero(x_N))
+        return picked
+
+    loaded = load(
+        None,
+        [
+            f"train.steps={steps}", "record.progress=none", "exchange.kind=topk",
+            "exchange.algorithm=gather", "exchange.density=0.01", "exchange.dense_below=1000",
+        ],
+    )  # fmt: skip
+    Selector.pick = counted  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            options = Options(out=Path(folder) / "run")
+            run_threads(2, lambda comm: run_on(World(comm), loaded, options), node_of=[0, 1])
+    finally:
+        Selector.pick = pick  # type: ignore[method-assign]
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
@@ -115,7 +149,14 @@ def main() -> None:
                 f"{dgc:.1f} ms, {dgc / ours:.1f}x |"
             )
             print(rows[-1], flush=True)
-    record = {"machine": describe_machine(), "threads": 1, "seconds": results}
+    counted = count_in_training(1000)
+    print(f"exact counts in training: {counted}")
+    record = {
+        "machine": describe_machine(),
+        "threads": 1,
+        "seconds": results,
+        "training": counted,
+    }
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(rows))

@@ -26,7 +26,7 @@ from hpctrain.compress.wire import Coding
 from hpctrain.exchange.setting import Setting
 from hpctrain.exchange.switch import Switch
 from hpctrain.exchange.topk_exchange import TopkExchange
-from hpctrain.exchange.tuned import Tuned
+from hpctrain.exchange.tuned import FIRST_STAGE, Tuned
 from hpctrain.optimiser import OptimiserConfig
 from hpctrain.settings import Train
 from hpctrain.table import Table
@@ -68,7 +68,12 @@ class TopkSettings(Table):
     """Largest bucket in MiB: small ones start earlier, large ones cost fewer messages."""
 
     @model_validator(mode="after")
-    def _feedback_for_rounded_values(self) -> TopkSettings:
+    def _what_goes_together(self) -> TopkSettings:
+        if self.warmup_steps and self.density >= FIRST_STAGE:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} leads down from {FIRST_STAGE:.0%} and density "
+                f"is {self.density:g}; set warmup_steps = 0"
+            )
         if not self.feedback and self.values != "float32":
             raise ValueError(
                 f'values = "{self.values}" rounds, and without feedback the error is lost; set '

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 _WATCH_EVERY = 10
-"""Steps between two residual norms in the record; record.every_steps is 10 by default."""
+"""Steps between two residual norms in the record."""
+_THREADED_FROM = 1 << 18
+"""With fewer parameters a thread for the buckets costs more than it hides."""
 
 
 class TopkExchange:
@@ -65,7 +67,7 @@ class TopkExchange:
         self._choice = Choice(config, self._shards, self._parties, self._parties.everyone)
         self._selector = Selector(max(self._shards.largest, 1))
         self._whole = Whole()
-        self._lane = Lane(threaded=setting.comm.any_thread and setting.comm.size > 1)
+        self._lane = Lane(threaded=flat.n_params >= _THREADED_FROM and setting.comm.any_thread)
         self._ready = ReadyBuckets(
             flat, self._buckets, lambda bucket: self._lane.start(bucket, self._task(bucket))
         )

@@ -29,7 +29,8 @@ from hpctrain.exchange.density import (
 )
 from hpctrain.table import Table
 
-_STAGE_FACTOR = 0.25
+FIRST_STAGE = 0.25
+"""Density of the first stage of warm-up, and what each stage's is of the one before."""
 
 
 class Tuned(Table):
@@ -126,17 +127,17 @@ class Warmup:
         if self.steps and not self.stages:
             raise ValueError(
                 f"warmup_steps = {self.steps} has no effect: the first stage has density "
-                f"{_STAGE_FACTOR:g}, no more than density = {self.target:g}; set warmup_steps = 0"
+                f"{FIRST_STAGE:g}, no more than density = {self.target:g}; set warmup_steps = 0"
             )
 
     @property
     def stages(self) -> list[float]:
         """Densities of the stages, in their order; 1 for a stage that runs dense."""
         found = []
-        density = _STAGE_FACTOR
+        density = FIRST_STAGE
         while self.steps and density > self.target:
             found.append(density if self.volume(density) < 1.0 else 1.0)
-            density *= _STAGE_FACTOR
+            density *= FIRST_STAGE
         return found
 
     def density_at(self, step: int) -> float:

@@ -1,0 +1,1 @@
+"""What hpctrain's exchanges are measured against: scripts as their users write them."""

@@ -1,0 +1,206 @@
+"""Tables and figures of `benchmarks.time_to_target` from its log."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe_machine
+from benchmarks.peers.job import SETTLED_AT, Job
+from benchmarks.peers.log import KEYS, Line, Log
+from benchmarks.peers.target import Target
+from benchmarks.peers.tasks import SYSTEMS, TASKS
+
+Summary = dict[str, Any]
+
+
+def median(numbers: Sequence[float] | float) -> float:
+    """Of a list; a number is its own."""
+    if isinstance(numbers, (int, float)):
+        return float(numbers)
+    return statistics.median(numbers) if numbers else float("nan")
+
+
+def summarise(log: Log) -> Summary:
+    """Per task and number of nodes: each system's steps, seconds of a step, and their product."""
+    lines = current(log.lines())
+    found: Summary = {"method": "steps to target x median step", "groups": []}
+    for task in TASKS:
+        mine = [line for line in lines if line["task"] == task]
+        for ranks in sorted({line["ranks"] for line in mine} - {1}, reverse=True):
+            here = [line for line in mine if line["ranks"] in (ranks, 1)]
+            rates = sorted({line["rate"] for line in here if line["what"] == "shaped"}) or [""]
+            for rate in rates:
+                target = TASKS[task].target
+                systems = {name: _system(name, here, rate, target) for name in SYSTEMS}
+                group = {
+                    "task": task,
+                    "title": TASKS[task].title,
+                    "target": str(target),
+                    "ranks": ranks,
+                    "rate": rate,
+                    "parameters": next((x["parameters"] for x in here if "parameters" in x), None),
+                    "links": next((x["links"] for x in here if x.get("links")), None),
+                    "systems": {name: value for name, value in systems.items() if value},
+                }
+                found["groups"].append(group)
+    found["machine"] = describe_machine()
+    return found
+
+
+def current(lines: Iterable[Line]) -> list[Line]:
+    """The newest run of each key whose definitions are today's."""
+    newest: dict[tuple[Any, ...], Line] = {}
+    for line in lines:
+        if line["task"] not in TASKS or line["system"] not in SYSTEMS:
+            continue
+        if Job(**line["job"]).fingerprint() == line["fingerprint"]:
+            newest[tuple(line[name] for name in KEYS)] = line
+    return list(newest.values())
+
+
+def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary | None:
+    steps_of = SYSTEMS[name].steps_of or name
+    counted = [x for x in lines if x["what"] == "steps" and x["system"] == steps_of]
+    shaped = [
+        x for x in lines if x["what"] == "shaped" and x["system"] == name and x["rate"] == rate
+    ]
+    if not counted and not shaped:
+        return None
+    found: Summary = {"steps_of": steps_of}
+    grid: dict[float, list[int | None]] = {}
+    for line in sorted(counted, key=lambda x: (x["lr"], x["seed"])):
+        grid.setdefault(line["lr"], []).append(target.reached_at(line["curve"]))
+    found["reached"] = {f"{lr:g}": steps for lr, steps in grid.items()}
+    most = max((len(steps) for steps in grid.values()), default=0)
+    means = {
+        lr: statistics.mean(s for s in steps if s is not None)
+        for lr, steps in grid.items()
+        if len(steps) == most and None not in steps
+    }
+    if means:
+        best = min(means, key=lambda lr: means[lr])
+        found |= {"best_lr": best, "steps": means[best], "each": grid[best], "seeds": most}
+        found["curves"] = [x["curve"] for x in counted if x["lr"] == best]
+    if shaped:
+        found["step_s_rounds"] = [median(x["step_s"]) for x in shaped]
+        found["step_s"] = median([s for x in shaped for s in x["step_s"]])
+        found["first_10_s"] = median([sum(x["step_s"][:10]) for x in shaped])
+        found["steps_timed"] = [x["steps"] for x in shaped]
+        links = [median(x["link_bytes"][-(x["steps"] - SETTLED_AT) :]) for x in shaped]
+        found["link_bytes_per_step"] = median(links)
+        found["load_average"] = [x["load_average"] for x in shaped]
+    whole = [x for x in lines if (x["what"], x["system"], x["rate"]) == ("full", name, rate)]
+    found["full"] = [_whole(line, target) for line in whole]
+    if means and shaped:
+        found["time_s"] = found["steps"] * found["step_s"]
+    return found
+
+
+def _whole(line: Line, target: Target) -> Summary:
+    """What a training from beginning to end on the virtual cluster took."""
+    found: Summary = {name: line[name] for name in ("lr", "seed", "steps", "load_average")}
+    steps = [int(point[0]) for point in line["curve"]]
+    reached = target.reached_at(line["curve"])
+    seconds = None if reached is None else line["curve_s"][steps.index(reached)]
+    return found | {"reached": reached, "seconds_to_target": seconds}
+
+
+def _arrival(whole: Summary) -> str:
+    if whole["reached"] is None:
+        return "target not reached"
+    seconds = f"{whole['seconds_to_target']:,.0f} s"
+    return f"target at step {whole['reached']} after {seconds} (evaluations not counted)"
+
+
+def table(record: Summary) -> str:
+    """Markdown: one table per task, number of nodes and rate."""
+    texts = []
+    for group in record["groups"]:
+        ours = [
+            s["time_s"]
+            for name, s in group["systems"].items()
+            if SYSTEMS[name].family == "hpctrain" and "time_s" in s
+        ]
+        fastest = min(ours, default=None)
+        rows = [
+            f"{group['title']}; {group['ranks']} nodes x 1 rank, {group['rate'] or 'not timed'}; "
+            f"target {group['target']}",
+            "",
+            "| | lr | steps (each seed) | step | MB per node and step | time | over ours |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, found in group["systems"].items():
+            rows.append(f"| {name} | {' | '.join(_cells(found, fastest))} |")
+        for name, found in group["systems"].items():
+            for whole in found["full"]:
+                rows.append(
+                    f"\n{name}, one training on the cluster, lr {whole['lr']:g}, seed "
+                    f"{whole['seed']}: {whole['steps']} steps, {_arrival(whole)}."
+                )
+        texts.append("\n".join(rows))
+    return "\n\n".join(texts)
+
+
+def _cells(found: Summary, fastest: float | None) -> list[str]:
+    lr, steps, step, sent, time, over = [""] * 6
+    if "steps" in found:
+        lr = f"{found['best_lr']:g}"
+        steps = f"{found['steps']:,.0f} ({', '.join(str(s) for s in found['each'])})"
+    elif found["reached"]:
+        steps = "; ".join(f"lr {lr}: {steps}" for lr, steps in found["reached"].items())
+    if "step_s" in found:
+        step = f"{1e3 * found['step_s']:,.0f} ms"
+        sent = f"{found['link_bytes_per_step'] / 1e6:.2f}"
+    if "time_s" in found:
+        time = f"{found['time_s']:,.0f} s"
+        over = f"{found['time_s'] / fastest:.1f}x" if fastest else ""
+    return [lr, steps, step, sent, time, over]
+
+
+def plot(record: Summary, task: str, path: Path) -> None:
+    """The target's measure against seconds and against MB sent per node; a line per seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "hpctrain", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    groups = [g for g in record["groups"] if g["task"] == task and g["rate"]]
+    if not groups:
+        raise SystemExit(f"the log has no timing of {task}; run the command `shaped` first")
+    target = TASKS[task].target
+    column = 2 if target.measure == "accuracy" else 1
+    figure, panels = pyplot.subplots(
+        len(groups), 2, figsize=(10, 3.8 * len(groups)), sharey=True, squeeze=False
+    )
+    for row, group in zip(panels, groups, strict=True):
+        shown = {n: s for n, s in group["systems"].items() if "time_s" in s}
+        for number, (name, found) in enumerate(shown.items()):
+            ours = SYSTEMS[name].family == "hpctrain"
+            for seed, curve in enumerate(found["curves"]):
+                scales = (found["step_s"], found["link_bytes_per_step"] / 1e6)
+                for panel, scale in zip(row, scales, strict=True):
+                    panel.plot(
+                        [point[0] * scale for point in curve],
+                        [point[column] for point in curve],
+                        color=f"C{number % 10}",
+                        linewidth=1.6 if ours else 0.9,
+                        label=name if seed == 0 else None,
+                    )
+        for panel, title in zip(row, ("seconds", "MB sent per node"), strict=True):
+            panel.axhline(target.value, color="#c1121f", linewidth=0.8)
+            panel.set_xscale("log")
+            panel.set_xlabel(title, fontsize=9)
+            for side in ("top", "right"):
+                panel.spines[side].set_visible(False)
+        if target.measure == "accuracy":
+            row[0].set_ylim(target.value - 0.06, target.value + 0.02)
+        row[0].set_ylabel(f"held-out {target.measure}", fontsize=9)
+        row[0].set_title(f"{group['ranks']} nodes x 1 rank, {group['rate']}", fontsize=10)
+        row[1].legend(fontsize=7, frameon=False)
+    figure.suptitle(TASKS[task].title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,148 @@
+"""The trainings and the systems that `benchmarks.time_to_target` compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.peers.target import Target
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training up to a target."""
+
+    title: str
+    tables: Tree
+    """An hpctrain configuration without seed, lr.base and [exchange]."""
+    target: Target
+    lrs: tuple[float, ...]
+    """The same grid for every system."""
+    evaluate_from: int
+    """The peers' first evaluation; hpctrain's own trainings evaluate from the start."""
+
+
+EVALUATE = {"every_steps": 25, "every_epochs": 0.0, "batch": 250}
+
+TASKS = {
+    "fashion": Task(
+        title="Fashion-MNIST, CNN of 3.17M parameters, batch 256, SGD with momentum 0.9",
+        tables={
+            "data": {"kind": "idx", "folder": "fashion-mnist"},
+            "model": {"kind": "cnn", "channels": [32, 64], "hidden": 1000},
+            "optimiser": {"kind": "sgd", "momentum": 0.9},
+            "lr": {"warmup_samples": 25 * 256},
+            "batch": {"batch_global": 256},
+            "train": {"steps": 2500},
+            "evaluate": EVALUATE,
+        },
+        target=Target("accuracy", 0.90),
+        lrs=(0.02, 0.05, 0.1),
+        evaluate_from=300,
+    ),
+    "gpt": Task(
+        title="gpt of 3.19M parameters on 57 novels, batch 16 windows of 64 characters, SGD with "
+        "momentum 0.9 and gradients clipped to 1",
+        tables={
+            "data": {
+                "kind": "text",
+                "train": "text/novels-train.txt.xz",
+                "test": "text/novels-valid.txt.xz",
+                "tokens": "char",
+                "context": 64,
+                "limit_test": 500,
+            },
+            "model": {"kind": "gpt", "n_layer": 4, "n_head": 4, "d_model": 256},
+            "optimiser": {"kind": "sgd", "momentum": 0.9, "clip_norm": 1.0},
+            "lr": {"warmup_samples": 100 * 16},
+            "batch": {"batch_global": 16},
+            "train": {"steps": 1500},
+            "evaluate": EVALUATE | {"batch": 25},
+        },
+        target=Target("loss", 2.15),
+        lrs=(0.1, 0.2, 0.4),
+        evaluate_from=200,
+    ),
+    "cifar": Task(
+        title="CIFAR-10, ResNet-20, batch 128, SGD with Nesterov momentum 0.9",
+        tables={
+            "data": {"kind": "cifar-binary", "augment": "crop-flip"},
+            "model": {"kind": "resnet20"},
+            "optimiser": {
+                "kind": "sgd",
+                "momentum": 0.9,
+                "nesterov": True,
+                "weight_decay": 5e-4,
+            },
+            "lr": {"warmup_samples": 100 * 128},
+            "batch": {"batch_global": 128},
+            "train": {"steps": 1600},
+            "evaluate": EVALUATE | {"every_steps": 100},
+        },
+        target=Target("accuracy", 0.70),
+        lrs=(0.1,),
+        evaluate_from=0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to exchange gradients."""
+
+    family: str
+    """horovod, ddp (scripts of this folder) or hpctrain."""
+    options: tuple[str, ...] = ()
+    """Of the peer's script."""
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    """hpctrain: merged over the task's tables, as [exchange] and [optimiser]."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """For Open MPI, in timings."""
+    steps_of: str = ""
+    """The system whose steps to target are this one's too, because the arithmetic is the same."""
+    one_process: bool = False
+    """Steps to target are computed by one rank with the whole batch: a dense float32 sum differs
+    from that by rounding only."""
+
+
+RING = {
+    "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
+    "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",
+}
+DENSE = "Horovod float32"
+
+
+def topk(density: float, **more: Any) -> System:
+    """hpctrain's top-k at a density; all else by default unless given."""
+    return System("hpctrain", tables={"exchange": {"kind": "topk", "density": density, **more}})
+
+
+SYSTEMS = {
+    DENSE: System("horovod", one_process=True),
+    "Horovod float16": System("horovod", ("--compression", "fp16")),
+    "Horovod float32, ring": System("horovod", environment=RING, steps_of=DENSE),
+    "Horovod float16, ring": System(
+        "horovod", ("--compression", "fp16"), environment=RING, steps_of="Horovod float16"
+    ),
+    "DDP": System("ddp", steps_of=DENSE),
+    "DDP PowerSGD-1": System("ddp", ("--powersgd", "1")),
+    "DDP PowerSGD-2": System("ddp", ("--powersgd", "2")),
+    "DDP PowerSGD-4": System("ddp", ("--powersgd", "4")),
+    "hpctrain dense, horovod": System(
+        "hpctrain", tables={"exchange": {"dense_backend": "horovod"}}, steps_of=DENSE
+    ),
+    "hpctrain dense, mpi": System(
+        "hpctrain", tables={"exchange": {"dense_backend": "mpi"}}, steps_of=DENSE
+    ),
+    "hpctrain top-k 3 %": topk(0.03),
+    "hpctrain top-k 1 %": topk(0.01),
+    "hpctrain top-k 0.3 %": topk(0.003),
+    "hpctrain top-k 0.1 %": topk(0.001),
+    "hpctrain powersgd-2": System(
+        "hpctrain", tables={"exchange": {"kind": "powersgd", "matrix_rank": 2}}
+    ),
+}
+"""A name in a log stands for one definition: another definition is another run."""
