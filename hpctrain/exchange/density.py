@@ -19,7 +19,7 @@ costs. Differences: magnitudes may be a sample; index and value widths are setti
 be seconds. Nothing here communicates. Work: one sort of at most 65,536 magnitudes.
 
 The rule is greedy: it values what is sent now, as if what is kept back were lost. With error
-feedback it is not lost, and far smaller counts do as well per step where bits have a fixed cost
+feedback it is not lost: on w8a one entry per step did as well per step as any other count
 (docs/figures/density.svg).
 """
 
