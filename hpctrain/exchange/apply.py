@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,53 +13,53 @@ from hpctrain.exchange.shard import Shard
 
 
 class Target:
-    """A flat vector on any device, changed in place from numbers on the host. Local.
+    """What the results change: parameters that they are subtracted from, or a gradient. Local.
 
     Args:
-        vector_P: The vector.
-        sign: Results are added times this.
+        vector_P: A flat vector on any device.
+        gives: "update": subtract; "gradient": overwrite, with zeros where nothing was sent.
     """
 
-    def __init__(self, vector_P: torch.Tensor, sign: int) -> None:
-        self._vector_P, self._sign = vector_P, sign
+    def __init__(self, vector_P: torch.Tensor, gives: Literal["update", "gradient"]) -> None:
+        self._vector_P, self._subtracts = vector_P, gives == "update"
         self._host_P = vector_P.numpy() if vector_P.device.type == "cpu" else None
 
-    def add_at(self, start: int, indices_K: np.ndarray, values_K: np.ndarray) -> None:
-        """Add values at positions that count from `start` and are all different."""
-        if self._host_P is not None:
-            part = self._host_P[start:]
-            if self._sign > 0:
-                part[indices_K] += values_K
-            else:
-                part[indices_K] -= values_K
-            return
-        device = self._vector_P.device
-        where, values = torch.from_numpy(indices_K + start), torch.from_numpy(values_K)
-        self._vector_P.index_add_(0, where.to(device), values.to(device), alpha=self._sign)
-
-    def add(self, start: int, stop: int, values_N: np.ndarray) -> None:
-        """Add to [start, stop)."""
-        values = torch.from_numpy(values_N).to(self._vector_P.device)
-        self._vector_P[start:stop].add_(values, alpha=self._sign)
+    def take_sum(self, start: int, stop: int, sum_N: np.ndarray) -> None:
+        """Entries [start, stop) take their whole sum."""
+        values = torch.from_numpy(sum_N).to(self._vector_P.device)
+        part = self._vector_P[start:stop]
+        if self._subtracts:
+            part.sub_(values)
+        else:
+            part.copy_(values)
 
     def clear(self, start: int, stop: int) -> None:
-        """Zero [start, stop)."""
-        self._vector_P[start:stop] = 0.0
+        """Entries [start, stop) are about to take picked entries."""
+        if not self._subtracts:
+            self._vector_P[start:stop] = 0.0
 
-    def put(self, start: int, stop: int, values_N: np.ndarray) -> None:
-        """Overwrite [start, stop)."""
-        self._vector_P[start:stop].copy_(torch.from_numpy(values_N))
+    def take(self, start: int, indices_K: np.ndarray, values_K: np.ndarray) -> None:
+        """Take values at positions that count from `start` and are all different."""
+        if self._host_P is None:
+            device = self._vector_P.device
+            where, values = torch.from_numpy(indices_K + start), torch.from_numpy(values_K)
+            sign = -1 if self._subtracts else 1
+            self._vector_P.index_add_(0, where.to(device), values.to(device), alpha=sign)
+        elif self._subtracts:
+            self._host_P[start:][indices_K] -= values_K
+        else:
+            self._host_P[start:][indices_K] += values_K
 
 
-def subtract_results(
-    params_P: torch.Tensor, by_bucket: Sequence[Sequence[Shard]], whole: Sequence[bool], step: int
+def apply_results(
+    target: Target, by_bucket: Sequence[Sequence[Shard]], whole: Sequence[bool], step: int
 ) -> list[float]:
-    """Subtract the sums over parties from the parameters, in place. Local.
+    """Bring the sums over parties into the target, in place. Local.
 
-    Costs one addition per sent entry, not per parameter.
+    Costs one addition per sent entry where updates are subtracted, not per parameter.
 
     Args:
-        params_P: The parameters.
+        target: Parameters or gradient.
         by_bucket: All shards.
         whole: Which buckets were summed whole.
         step: Of the exchange.
@@ -66,46 +67,16 @@ def subtract_results(
     Returns:
         Seconds per bucket.
     """
-    target = Target(params_P, -1)
     seconds = []
     for bucket, shards in enumerate(by_bucket):
         began = time.perf_counter()
         for shard in shards:
             start, stop = shard.plan.start, shard.plan.stop
             if whole[bucket] or shard.sparse is None:
-                target.add(start, stop, shard.sum_N)
-                continue
-            for indices, values in shard.sparse.results(step, bucket):
-                target.add_at(start, indices, values)
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def put_results(
-    grads_P: torch.Tensor, by_bucket: Sequence[Sequence[Shard]], whole: Sequence[bool], step: int
-) -> list[float]:
-    """Overwrite this rank's gradient with the sums over parties, zero where none was sent. Local.
-
-    Args:
-        grads_P: The gradient.
-        by_bucket: All shards.
-        whole: Which buckets were summed whole.
-        step: Of the exchange.
-
-    Returns:
-        Seconds per bucket.
-    """
-    target = Target(grads_P, 1)
-    seconds = []
-    for bucket, shards in enumerate(by_bucket):
-        began = time.perf_counter()
-        for shard in shards:
-            start, stop = shard.plan.start, shard.plan.stop
-            if whole[bucket] or shard.sparse is None:
-                target.put(start, stop, shard.sum_N)
+                target.take_sum(start, stop, shard.sum_N)
                 continue
             target.clear(start, stop)
             for indices, values in shard.sparse.results(step, bucket):
-                target.add_at(start, indices, values)
+                target.take(start, indices, values)
         seconds.append(time.perf_counter() - began)
     return seconds

@@ -12,7 +12,7 @@ import torch
 from hpctrain.compress.select import Selector
 from hpctrain.errors import ConfigError
 from hpctrain.exchange import residuals
-from hpctrain.exchange.apply import put_results, subtract_results
+from hpctrain.exchange.apply import Target, apply_results
 from hpctrain.exchange.buckets import buckets_with_small
 from hpctrain.exchange.choice import Choice
 from hpctrain.exchange.lane import Lane
@@ -117,7 +117,9 @@ class TopkExchange:
             elif shard.sparse is not None and not self._choice.whole[bucket]:
                 shard.sparse.undo()
         if keep:
-            apply_s = self._apply()
+            flat, updates = self._flat, self.gives == "update"
+            target = Target(flat.params_P if updates else flat.grads_P, self.gives)
+            apply_s = apply_results(target, self._shards.by_bucket, self._choice.whole, self._step)
             self._clip = self._shards.clip_factor(self._board.grad_sq)
             self._told = self._shards.tally(self._choice.whole, self._board)
             self._told |= self._choice.tally()
@@ -191,10 +193,3 @@ class TopkExchange:
                 measure=every > 0 and self._step % every == 0,
             )
         self._shards.post(bucket, outcome, feedback.grad_sq, xi)
-
-    def _apply(self) -> list[float]:
-        """Apply all results; seconds per bucket."""
-        args = self._shards.by_bucket, self._choice.whole, self._step
-        if self.gives == "update":
-            return subtract_results(self._flat.params_P, *args)
-        return put_results(self._flat.grads_P, *args)

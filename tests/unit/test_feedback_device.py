@@ -96,8 +96,8 @@ def test_an_exchange_of_tensors_equals_that_of_the_host(algorithm, gives, monkey
 
 def test_results_reach_a_vector_of_any_device():
     vector_P = torch.zeros(10)
-    target = Target(vector_P, -1)
+    target = Target(vector_P, "update")
     target._host_P = None  # as on a GPU
-    target.add_at(2, np.array([0, 3]), np.array([1.0, 2.0], np.float32))
-    target.add(8, 10, np.ones(2, np.float32))
+    target.take(2, np.array([0, 3]), np.array([1.0, 2.0], np.float32))
+    target.take_sum(8, 10, np.ones(2, np.float32))
     assert vector_P.tolist() == [0, 0, -1, 0, 0, -2, 0, 0, -1, -1]
