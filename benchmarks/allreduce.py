@@ -6,7 +6,6 @@ starts; the jobs take turns in rounds. Reported: the median over rounds of each 
 one sum (the slowest rank's), beside the link's floor, 2(P-1)/P x bytes / rate.
 
     python -m benchmarks.allreduce [--nodes 4] [--rate 1gbit] [--rounds 5] [--out FILE.json]
-    python -m benchmarks.allreduce --plot FILE.json FIGURE.svg
 """
 
 from __future__ import annotations
@@ -201,39 +200,6 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Time over the link's floor, one panel per size; dots are rounds, bars their medians."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "hpctrain", "svg.fonttype": "none"})
-    from matplotlib import pyplot
-
-    sizes = list(record["floor_s"])
-    systems = list(record["median_s"])[::-1]
-    figure, panels = pyplot.subplots(1, len(sizes), figsize=(9, 3.6), sharey=True)
-    for panel, size in zip(panels, sizes, strict=True):
-        floor = record["floor_s"][size]
-        for place, system in enumerate(systems):
-            ours = system.startswith("hpctrain")
-            median = record["median_s"][system][size] / floor
-            panel.barh(place, median, color="#2a6f97" if ours else "#b0b7bd", height=0.65)
-            rounds = [seconds / floor for seconds in record["seconds"][system][size]]
-            panel.plot(rounds, [place] * len(rounds), ".", color="#1b1b1b", markersize=3)
-            panel.text(max(rounds) + 0.04, place, f"{median:.2f}", va="center", fontsize=8)
-        panel.axvline(1, color="#c1121f", linewidth=1)
-        panel.set_title(f"{size} MB; floor {1e3 * floor:.0f} ms", fontsize=10)
-        panel.set_xlabel("time / the link's floor", fontsize=9)
-        panel.set_xlim(0, panel.get_xlim()[1] + 0.25)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    panels[0].set_yticks(range(len(systems)), systems, fontsize=9)
-    title = f"Dense sum of float32, {record['nodes']} nodes x 1 rank, {record['rate']} links"
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
         rank_main(*sys.argv[2:4])
@@ -243,11 +209,7 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RECORD", "FIGURE"))
     args = parser.parse_args()
-    if args.plot:
-        plot(json.loads(args.plot[0].read_text()), args.plot[1])
-        return
     record = measure(args.nodes, args.rate, args.rounds)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

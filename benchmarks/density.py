@@ -1,7 +1,6 @@
 """Bits to a target: a tuned count of kept entries against fixed ones; and xi along training.
 
     python -m benchmarks.density --data DIR --out benchmarks/results/density.json
-    python -m benchmarks.density --plot benchmarks/results/density.json docs/figures/density.svg
 
 Logistic regression on w8a (300 features, l2 1e-4), rows dealt to 4 nodes of equal size, no
 mini-batches. Each node compresses its own gradient g_i, the mean of what they send is applied with
@@ -246,48 +245,11 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Bits to the middle target by fixed count; a line marks what the tuned count needed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "hpctrain", "svg.fonttype": "none"})
-    from matplotlib import pyplot
-
-    target = str(TARGETS[1])
-    figure, panels = pyplot.subplots(1, len(record["cases"]), figsize=(11, 3.4), sharey=True)
-    for panel, (name, case) in zip(panels, record["cases"].items(), strict=True):
-        for label, color in zip(COSTS, ("#b0b7bd", "#2a6f97", "#c1121f"), strict=True):
-            found = case[label][target]
-            pairs = zip(case["counts"], found["cost_of_counts"], strict=True)
-            points = np.array([(count, bits) for count, bits in pairs if bits])
-            if len(points):
-                panel.plot(*points.T, color=color, linewidth=1.2, label=f"fixed T, {label}")
-            if found["tuned_cost"]:
-                panel.axhline(found["tuned_cost"], color=color, linewidth=1, linestyle=":")
-        panel.set(xscale="log", yscale="log")
-        panel.set_title(name, fontsize=10)
-        panel.set_xlabel("entries kept per node, of 300", fontsize=9)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    panels[0].set_ylabel("bits to the target", fontsize=9)
-    panels[0].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"w8a, 4 nodes, gap {target}; dotted: tuned count", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with libsvm/ and mnist/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with libsvm/ and mnist/")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RECORD", "FIGURE"))
     args = parser.parse_args()
-    if args.plot:
-        plot(json.loads(args.plot[0].read_text()), args.plot[1])
-        return
-    if args.data is None:
-        parser.error("give --data (to measure) or --plot")
     record = measure(args.data)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

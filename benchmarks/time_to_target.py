@@ -5,14 +5,17 @@
 Steps to target are counted unshaped on this host, with the same arithmetic: 3 seeds, the same grid
 of learning rates for all systems, the held-out set measured every 25 steps, the target held twice
 in a row. A step's seconds are the median of 200 steps on a virtual cluster (root; tests/cluster).
-All systems start from the same parameters and take the same samples in the same order.
+`final` compares the last evaluations of trainings of equal length, seed by seed. All systems start
+from the same parameters and take the same samples in the same order.
+
+Unshaped, hpctrain's ranks are threads of one process, and exchanges that are linear are computed by
+one rank with the whole batch (`Task.batch_statistics` and `System.linear` say where that holds).
 
     python -m benchmarks.time_to_target steps  --log LOG --task fashion [--systems A B] [--seeds 0]
     python -m benchmarks.time_to_target shaped --log LOG --task fashion [--nodes 4] [--rate 100mbit]
     python -m benchmarks.time_to_target full   --log LOG --task fashion --systems A --lrs 0.05
     python -m benchmarks.time_to_target final  --log LOG --task fashion --systems A --lrs 0.05
     python -m benchmarks.time_to_target table  --log LOG [--out FILE.json]
-    python -m benchmarks.time_to_target plot   --log LOG --task fashion --out FIGURE.svg
 
 Every finished run is one line of LOG; those that are there already are skipped.
 """
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +44,20 @@ from benchmarks.peers.tasks import SYSTEMS, TASKS
 def count_steps(args: argparse.Namespace) -> None:
     """Unshaped runs to the target, seed by seed."""
     log = Log(args.log)
-    for job in jobs(args, shaped=False):
-        once(log, "steps", job)
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for done in [pool.submit(once, log, "steps", job) for job in jobs(args, shaped=False)]:
+            done.result()
 
 
 def count_final(args: argparse.Namespace) -> None:
-    """Unshaped runs of equal length, evaluated at the end."""
+    """Unshaped runs of equal length whose step size falls to 0, evaluated at the end."""
     log = Log(args.log)
-    for job in jobs(args, shaped=False):
-        job = dataclasses.replace(job, evaluate=False, to_target=False)
-        once(log, "final", job)
+    change: dict[str, Any] = {"evaluate": False, "to_target": False, "schedule": "cosine"}
+    change["steps"] = args.steps or TASKS[args.task].final_steps
+    whole = [dataclasses.replace(job, **change) for job in jobs(args, shaped=False)]
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for done in [pool.submit(once, log, "final", job) for job in whole]:
+            done.result()
 
 
 def time_steps(args: argparse.Namespace) -> None:
@@ -87,9 +95,10 @@ def jobs(args: argparse.Namespace, *, shaped: bool) -> Iterator[Job]:
     for seed in args.seeds:
         for lr in args.lrs or TASKS[args.task].lrs:
             for system in args.systems:
-                alone = SYSTEMS[system].one_process and not shaped
+                linear = SYSTEMS[system].linear and not TASKS[args.task].batch_statistics
+                ranks = args.nodes if shaped or not linear else 1
                 if shaped or not SYSTEMS[system].steps_of:
-                    yield Job(args.task, system, lr, seed, 1 if alone else args.nodes, args.steps)
+                    yield Job(args.task, system, lr, seed, ranks, args.steps)
 
 
 def once(
@@ -128,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = {
         "steps": count_steps, "shaped": time_steps, "full": train_fully, "final": count_final,
-        "table": None, "plot": None,
+        "table": None,
     }  # fmt: skip
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--log", type=Path, required=True)
@@ -140,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--steps", type=int, help="at most, or in a timing")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="unshaped runs side by side")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     command = commands[args.command]
@@ -147,9 +157,6 @@ def main() -> None:
         command(args)
         return
     record = report.summarise(Log(args.log))
-    if args.command == "plot":
-        report.plot(record, args.task, args.out)
-        return
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(report.table(record))

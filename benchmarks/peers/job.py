@@ -44,6 +44,8 @@ class Job:
     """Every so many steps as the task says, else only at the end."""
     to_target: bool = True
     """Stop once the target was held twice in a row."""
+    schedule: str = "constant"
+    """Of the step size; see `hpctrain.batch.lr`."""
 
     @property
     def of_task(self) -> Task:
@@ -57,6 +59,8 @@ class Job:
         """The configuration; a peer's script reads the same one as hpctrain."""
         tree = merged(self.of_task.tables, self.of_system.tables)
         own: Tree = {"seed": self.seed, "lr": {"base": self.lr}, "checkpoint": {"at_end": False}}
+        if self.schedule != "constant":
+            own["lr"]["schedule"] = self.schedule
         own["record"] = {"every_steps": 25 if self.evaluate else 1, "progress": "none"}
         if self.steps is not None:
             own["train"] = {"steps": self.steps}
@@ -90,7 +94,8 @@ def run(
 
     Args:
         job: what to train.
-        cluster: one rank per node of it; None: all ranks on this host.
+        cluster: one rank per node of it; None: all on this host, hpctrain's ranks as threads of
+            one process.
         folder: seen by all nodes of the cluster.
         limit_s: longer is an error.
     """
@@ -100,7 +105,7 @@ def run(
         config.write_text(to_toml(from_mapping(job.tree()).run))
         began = time.monotonic()
         ours = job.of_system.family == "hpctrain"
-        words = _ours(config, path / "run") if ours else _peer(job, config, path, cluster)
+        words = _ours(job, config, path, cluster) if ours else _peer(job, config, path, cluster)
         with open(path / "log", "w") as log:
             process = _start(job, words, log, cluster)
             watch = _Watch(job, path / "run", cluster) if ours else None
@@ -116,8 +121,11 @@ def run(
         return found | {"wall_s": round(time.monotonic() - began, 1)}
 
 
-def _ours(config: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "hpctrain", "train", str(config), "--out", str(out)]
+def _ours(job: Job, config: Path, path: Path, cluster: Cluster | None) -> list[str]:
+    words = [sys.executable, "-m", "hpctrain", "train"]
+    if cluster is None:
+        words = [sys.executable, "-m", "benchmarks.peers.threads", "--ranks", str(job.ranks)]
+    return [*words, str(config), "--out", str(path / "run")]
 
 
 def _peer(job: Job, config: Path, path: Path, cluster: Cluster | None) -> list[str]:
@@ -143,8 +151,9 @@ def _start(job: Job, words: list[str], log: Any, cluster: Cluster | None) -> sub
     if cluster is not None:
         extra |= {"GLOO_SOCKET_IFNAME": "eth0"} | dict(job.of_system.environment)
         return cluster.start(cluster.mpirun(words, job.ranks, 1), extra=extra, **streams)
+    processes = 1 if job.of_system.family == "hpctrain" else job.ranks
     return subprocess.Popen(
-        ["tools/launch", str(job.ranks), "--", *words],
+        ["tools/launch", str(processes), "--", *words],
         cwd=ROOT,
         env=os.environ | extra | {"GLOO_SOCKET_IFNAME": "lo"},
         text=True,

@@ -1,17 +1,19 @@
-"""Tables and figures of `benchmarks.time_to_target` from its log."""
+"""Tables of `benchmarks.time_to_target` from its log."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 from benchmarks.machine import describe_machine
 from benchmarks.peers.job import SETTLED_AT, Job
 from benchmarks.peers.log import KEYS, Line, Log
 from benchmarks.peers.target import Target
-from benchmarks.peers.tasks import SYSTEMS, TASKS
+from benchmarks.peers.tasks import DENSE, SYSTEMS, TASKS
 
 Summary = dict[str, Any]
 
@@ -34,7 +36,12 @@ def summarise(log: Log) -> Summary:
             rates = sorted({line["rate"] for line in here if line["what"] == "shaped"}) or [""]
             for rate in rates:
                 target = TASKS[task].target
-                systems = {name: _system(name, here, rate, target) for name in SYSTEMS}
+                made = {name: _system(name, here, rate, target) for name in SYSTEMS}
+                systems = {name: system for name, system in made.items() if system}
+                for system in systems.values():
+                    if DENSE in systems and system is not systems[DENSE]:
+                        found_final = compare_final(system, systems[DENSE], target.measure)
+                        system["final_less_dense"] = found_final
                 group = {
                     "task": task,
                     "title": TASKS[task].title,
@@ -43,7 +50,7 @@ def summarise(log: Log) -> Summary:
                     "rate": rate,
                     "parameters": next((x["parameters"] for x in here if "parameters" in x), None),
                     "links": next((x["links"] for x in here if x.get("links")), None),
-                    "systems": {name: value for name, value in systems.items() if value},
+                    "systems": systems,
                 }
                 found["groups"].append(group)
     found["machine"] = describe_machine()
@@ -63,10 +70,8 @@ def current(lines: Iterable[Line]) -> list[Line]:
 
 def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary | None:
     steps_of = SYSTEMS[name].steps_of or name
-    counted = [x for x in lines if x["what"] == "steps" and x["system"] == steps_of]
-    shaped = [
-        x for x in lines if x["what"] == "shaped" and x["system"] == name and x["rate"] == rate
-    ]
+    counted = [x for x in lines if _is(x, "steps", steps_of)]
+    shaped = [x for x in lines if _is(x, "shaped", name) and x["rate"] == rate]
     if not counted and not shaped:
         return None
     found: Summary = {"steps_of": steps_of}
@@ -92,11 +97,38 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
         links = [median(x["link_bytes"][-(x["steps"] - SETTLED_AT) :]) for x in shaped]
         found["link_bytes_per_step"] = median(links)
         found["load_average"] = [x["load_average"] for x in shaped]
-    whole = [x for x in lines if (x["what"], x["system"], x["rate"]) == ("full", name, rate)]
+    found["final"] = {x["seed"]: x["curve"][-1] for x in lines if _is(x, "final", steps_of)}
+    whole = [x for x in lines if _is(x, "full", name) and x["rate"] == rate]
     found["full"] = [_whole(line, target) for line in whole]
     if means and shaped:
         found["time_s"] = found["steps"] * found["step_s"]
     return found
+
+
+def _is(line: Line, what: str, system: str) -> bool:
+    return bool(line["what"] == what and line["system"] == system)
+
+
+def compare_final(ours: Summary, dense: Summary, measure: str) -> Summary | None:
+    """The last evaluation after equal steps, paired by seed: ours less dense.
+
+    Args:
+        ours: A system's part of the summary.
+        dense: That of the dense float32 sum.
+        measure: "accuracy" (worse is less) or "loss" (worse is more).
+
+    Returns:
+        Mean difference and its one-sided 95 % bound (Student's t) on the worse side.
+    """
+    seeds = sorted(ours["final"].keys() & dense["final"].keys())
+    if len(seeds) < 2:
+        return None
+    column = 2 if measure == "accuracy" else 1
+    each = [ours["final"][seed][column] - dense["final"][seed][column] for seed in seeds]
+    spread = stats.t.ppf(0.95, len(each) - 1) * statistics.stdev(each) / math.sqrt(len(each))
+    mean = statistics.fmean(each)
+    worst = mean - spread if measure == "accuracy" else mean + spread
+    return {"seeds": seeds, "each": each, "mean": mean, "worst_95": worst}
 
 
 def _whole(line: Line, target: Target) -> Summary:
@@ -140,8 +172,20 @@ def table(record: Summary) -> str:
                     f"\n{name}, one training on the cluster, lr {whole['lr']:g}, seed "
                     f"{whole['seed']}: {whole['steps']} steps, {_arrival(whole)}."
                 )
+        for name, found in group["systems"].items():
+            if compared := found.get("final_less_dense"):
+                rows.append(f"\n{name}, {_final(compared, group['target'])}.")
         texts.append("\n".join(rows))
     return "\n\n".join(texts)
+
+
+def _final(compared: Summary, target: str) -> str:
+    scale, unit = (100, "points") if target.startswith("accuracy") else (1, "nats")
+    mean, worst = (scale * compared[name] for name in ("mean", "worst_95"))
+    return (
+        f"last evaluation after equal steps, less that of the dense sum: mean {mean:+.3f} {unit} "
+        f"over {len(compared['seeds'])} paired seeds, 95 % bound {worst:+.3f}"
+    )
 
 
 def _cells(found: Summary, fastest: float | None) -> list[str]:
@@ -158,49 +202,3 @@ def _cells(found: Summary, fastest: float | None) -> list[str]:
         time = f"{found['time_s']:,.0f} s"
         over = f"{found['time_s'] / fastest:.1f}x" if fastest else ""
     return [lr, steps, step, sent, time, over]
-
-
-def plot(record: Summary, task: str, path: Path) -> None:
-    """The target's measure against seconds and against MB sent per node; a line per seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "hpctrain", "svg.fonttype": "none"})
-    from matplotlib import pyplot
-
-    groups = [g for g in record["groups"] if g["task"] == task and g["rate"]]
-    if not groups:
-        raise SystemExit(f"the log has no timing of {task}; run the command `shaped` first")
-    target = TASKS[task].target
-    column = 2 if target.measure == "accuracy" else 1
-    figure, panels = pyplot.subplots(
-        len(groups), 2, figsize=(10, 3.8 * len(groups)), sharey=True, squeeze=False
-    )
-    for row, group in zip(panels, groups, strict=True):
-        shown = {n: s for n, s in group["systems"].items() if "time_s" in s}
-        for number, (name, found) in enumerate(shown.items()):
-            ours = SYSTEMS[name].family == "hpctrain"
-            for seed, curve in enumerate(found["curves"]):
-                scales = (found["step_s"], found["link_bytes_per_step"] / 1e6)
-                for panel, scale in zip(row, scales, strict=True):
-                    panel.plot(
-                        [point[0] * scale for point in curve],
-                        [point[column] for point in curve],
-                        color=f"C{number % 10}",
-                        linewidth=1.6 if ours else 0.9,
-                        label=name if seed == 0 else None,
-                    )
-        for panel, title in zip(row, ("seconds", "MB sent per node"), strict=True):
-            panel.axhline(target.value, color="#c1121f", linewidth=0.8)
-            panel.set_xscale("log")
-            panel.set_xlabel(title, fontsize=9)
-            for side in ("top", "right"):
-                panel.spines[side].set_visible(False)
-        if target.measure == "accuracy":
-            row[0].set_ylim(target.value - 0.06, target.value + 0.02)
-        row[0].set_ylabel(f"held-out {target.measure}", fontsize=9)
-        row[0].set_title(f"{group['ranks']} nodes x 1 rank, {group['rate']}", fontsize=10)
-        row[1].legend(fontsize=7, frameon=False)
-    figure.suptitle(TASKS[task].title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})

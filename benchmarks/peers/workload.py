@@ -98,6 +98,7 @@ class Workload:
         """(inputs, targets) of each step; `total` sums a tensor over ranks."""
         run, train = self.run, self._data.train
         assert run.train.steps is not None
+        total_samples = run.train.steps * run.batch.batch_global
         order = SampleOrder(len(train), run.seed, self._rank, self._size)
         self.model.train()
         with Loader(train, order, None, run.data.prefetch) as loader:
@@ -105,7 +106,7 @@ class Workload:
                 sent, began = link_bytes(), time.perf_counter()
                 before = loader.samples_seen
                 batch = loader.next(run.batch.batch_global)
-                lr = run.lr.lr_at(before, 0, len(train), batch.batch_global)
+                lr = run.lr.lr_at(before, total_samples, len(train), batch.batch_global)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 yield batch.micro_batches[0]

@@ -1,0 +1,222 @@
+"""Draws the figures of the documentation from the records of the benchmarks.
+
+python -m benchmarks.figures [--results benchmarks/results] [--out docs/figures] [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.hashsalt": "hpctrain", "svg.fonttype": "none", "font.size": 9})
+
+from matplotlib import pyplot  # noqa: E402 - the backend comes first
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+Record = dict[str, Any]
+OURS, OTHERS, LIMIT, INK = "#2a6f97", "#b0b7bd", "#c1121f", "#1b1b1b"
+
+
+def panels_of(
+    rows: int, columns: int, size: tuple[float, float], title: str, **how: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row by row."""
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, **how)
+    for panel in panels.flat:
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    return figure, list(panels.flat)
+
+
+def bars(
+    panel: Axes, rounds_of: Mapping[str, Sequence[float]], text: Callable[[float], str]
+) -> None:
+    """A bar per system, first on top: the median of its rounds, which are dots."""
+    systems = list(rounds_of)[::-1]
+    for place, system in enumerate(systems):
+        rounds = rounds_of[system]
+        ours = system.startswith(("hpctrain", "gather", "owner", "exclusive"))
+        median = statistics.median(rounds)
+        panel.barh(place, median, color=OURS if ours else OTHERS, height=0.65)
+        if len(rounds) > 1:
+            panel.plot(rounds, [place] * len(rounds), ".", color=INK, markersize=3)
+        at = (max(rounds), place)
+        panel.annotate(text(median), at, (4, 0), textcoords="offset points", va="center")
+    panel.set_yticks(range(len(systems)), systems)
+    low, high = panel.get_xlim()
+    panel.set_xlim(low, high * (1.5 if panel.get_xscale() == "log" else 1.1))
+
+
+def allreduce(results: Path) -> Figure:
+    """Time of a dense sum over the link's floor."""
+    record = read(results / "allreduce.json")
+    title = f"Dense sum of float32, {record['nodes']} nodes x 1 rank, {record['rate']} links"
+    sizes = list(record["floor_s"])
+    figure, panels = panels_of(1, len(sizes), (9, 3.6), title, sharey=True)
+    for panel, size in zip(panels, sizes, strict=True):
+        floor = record["floor_s"][size]
+        rounds = {
+            system: [seconds / floor for seconds in by_size[size]]
+            for system, by_size in record["seconds"].items()
+        }
+        bars(panel, rounds, "{:.2f}".format)
+        panel.axvline(1, color=LIMIT, linewidth=1)
+        panel.set_title(f"{size} MB; floor {1e3 * floor:.0f} ms", fontsize=10)
+        panel.set_xlabel("time / the link's floor")
+    return figure
+
+
+def selection(results: Path) -> Figure:
+    """Time of accumulate and select over that of an in-place addition."""
+    seconds = read(results / "selection.json")["seconds"]
+    title = "Accumulate and select: time over an in-place r += g, one core"
+    figure, panels = panels_of(2, len(seconds) // 2, (10, 4.6), title, sharex=True, sharey=True)
+    columns = len(seconds) // 2
+    for place, (case, found) in enumerate(seconds.items()):
+        n, density = (float(text) for text in case.split(", "))
+        # Sizes are columns, densities rows.
+        panel = panels[place % 2 * columns + place // 2]
+        panel.set_xscale("log")
+        panel.set_xlim(1.0, 120.0)
+        floor = found["r += g"]
+        peers = {name: [s / floor] for name, s in found.items() if name != "r += g"}
+        bars(panel, peers, "{:.1f}".format)
+        panel.axvline(10.0 if n < 1e7 else 5.0, color=LIMIT, linewidth=1)
+        panel.set_title(f"{n:.3g} entries, {density:.1%} kept", fontsize=10)
+    return figure
+
+
+def sparse_exchange(results: Path) -> Figure:
+    """Time of a step's exchange on two kinds of links."""
+    rates = ("1gbit", "100mbit")
+    records = [read(results / f"sparse_exchange_{rate}.json") for rate in rates]
+    title = "Accumulate, exchange and apply: 4 nodes x 1 rank, 1e7 parameters, 1 % per node"
+    figure, panels = panels_of(1, len(records), (10, 3.0), title)
+    for panel, record in zip(panels, records, strict=True):
+        panel.set_xscale("log")
+        panel.set_xlim(10.0, 10_000.0)
+        rounds = {
+            name: [1e3 * run["seconds"] for run in runs] for name, runs in record["runs"].items()
+        }
+        bars(panel, rounds, "{:.0f}".format)
+        panel.set_xlabel("ms")
+        panel.set_title(f"{record['rate']} links", fontsize=10)
+    return figure
+
+
+def never_slower(results: Path) -> Figure:
+    """Ratio of `auto` to the faster dense exchange, with its upper bound."""
+    paths = sorted(results.glob("never_slower_*.json"))
+    cells = [cell for path in paths for cell in read(path)["results"]]
+    cells.sort(key=lambda cell: (["one host", "1gbit", "100mbit"].index(cell["rate"]), cell["n"]))
+    title = 'exchange.kind = "auto" over the faster dense exchange, 2 ranks'
+    figure, (panel,) = panels_of(1, 1, (7, 0.3 * len(cells) + 1.4), title)
+    panel.set_xscale("log")
+    panel.set_xlim(0.01, 1.5)
+    for place, cell in enumerate(cells[::-1]):
+        panel.plot([cell["ratio"], cell["upper_95"]], [place] * 2, color=OURS)
+        panel.plot(cell["ratio"], place, "o", color=OURS, markersize=4)
+    names = [f"{cell['rate']}, {cell['n']:,} entries" for cell in cells[::-1]]
+    panel.set_yticks(range(len(cells)), names)
+    panel.axvline(1.05, color=LIMIT, linewidth=1)
+    panel.set_xlabel("ratio of step times (dot) and its upper 95 % bound (end of the line)")
+    return figure
+
+
+def density(results: Path) -> Figure:
+    """Bits to the middle target by fixed count; a line marks what the tuned count needed."""
+    record = read(results / "density.json")
+    target = str(record["problem"]["targets"][1])
+    title = f"w8a, 4 nodes, gap {target}; dotted: tuned count"
+    figure, panels = panels_of(1, len(record["cases"]), (11, 3.4), title, sharey=True)
+    for panel, (name, case) in zip(panels, record["cases"].items(), strict=True):
+        for label, color in zip(record["costs"], (OTHERS, OURS, LIMIT), strict=True):
+            found = case[label][target]
+            pairs = zip(case["counts"], found["cost_of_counts"], strict=True)
+            points = np.array([(count, bits) for count, bits in pairs if bits])
+            if len(points):
+                panel.plot(*points.T, color=color, linewidth=1.2, label=f"fixed T, {label}")
+            if found["tuned_cost"]:
+                panel.axhline(found["tuned_cost"], color=color, linewidth=1, linestyle=":")
+        panel.set(xscale="log", yscale="log")
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("entries kept per node, of 300")
+    panels[0].set_ylabel("bits to the target")
+    panels[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def time_to_target(results: Path) -> Figure:
+    """The target's measure against seconds and against MB sent per node; a line per seed."""
+    groups = [g for g in read(results / "time_to_target.json")["groups"] if g["rate"]]
+    title = "Whole trainings: steps of the unshaped run x the median shaped step"
+    figure, panels = panels_of(len(groups), 2, (10, 3.6 * len(groups)), title, sharey="row")
+    for number, group in enumerate(groups):
+        row = panels[2 * number : 2 * number + 2]
+        measure, value = group["target"].split(":")
+        column = 2 if measure == "accuracy" else 1
+        shown = {name: s for name, s in group["systems"].items() if "time_s" in s}
+        for color, (name, found) in enumerate(shown.items()):
+            for seed, curve in enumerate(found["curves"]):
+                scales = (found["step_s"], found["link_bytes_per_step"] / 1e6)
+                for panel, scale in zip(row, scales, strict=True):
+                    panel.plot(
+                        [point[0] * scale for point in curve],
+                        [point[column] for point in curve],
+                        color=f"C{color % 10}",
+                        linewidth=1.6 if name.startswith("hpctrain") else 0.9,
+                        label=name if seed == 0 else None,
+                    )
+        for panel, label in zip(row, ("seconds", "MB sent per node"), strict=True):
+            panel.axhline(float(value), color=LIMIT, linewidth=0.8)
+            panel.set_xscale("log")
+            panel.set_xlabel(label)
+        # Where it is decided: the last tenth on the way to the target.
+        wide = 0.06 if measure == "accuracy" else 0.5
+        ends = (-wide, wide / 3) if measure == "accuracy" else (-wide / 3, wide)
+        row[0].set_ylim(float(value) + ends[0], float(value) + ends[1])
+        row[0].set_ylabel(f"held-out {measure}")
+        row[0].set_title(f"{group['task']}, {group['ranks']} nodes x 1 rank, {group['rate']}")
+        row[1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def read(path: Path) -> Record:
+    record: Record = json.loads(path.read_text())
+    return record
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    "allreduce": allreduce,
+    "selection": selection,
+    "sparse_exchange": sparse_exchange,
+    "never_slower": never_slower,
+    "density": density,
+    "time_to_target": time_to_target,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    args = parser.parse_args()
+    for name in args.names or FIGURES:
+        figure = FIGURES[name](args.results)
+        figure.tight_layout()
+        figure.savefig(args.out / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
