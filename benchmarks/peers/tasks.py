@@ -148,7 +148,9 @@ SYSTEMS = {
     ),
     "hpctrain top-k 3 %": topk(0.03),
     "hpctrain top-k 1 %": topk(0.01),
-    "hpctrain top-k 1 %, warm-up": topk(0.01, warmup_steps=60),
+    "hpctrain top-k 1 %, exclusive": topk(0.01, algorithm="exclusive"),
+    "hpctrain top-k 0.4 %, gather": topk(0.004, algorithm="gather"),
+    "hpctrain top-k 1 %, gather": topk(0.01, algorithm="gather"),
     "hpctrain top-k 0.3 %": topk(0.003),
     "hpctrain top-k 0.1 %": topk(0.001),
     "hpctrain powersgd-2": System(

@@ -7,7 +7,7 @@ batch), M the number of parties that compress, and c <= 1 the clipping factor:
     u   <- momentum * u + g;   d = g + momentum * u if nesterov else u;   d = g without momentum
     acc <- residual + lr * d
     sent is picked from acc, and the sum of all parties' sent is subtracted from w
-    residual <- acc - sent;   u <- 0 where something was sent
+    residual <- acc - sent;   with `masking`, u <- 0 where something was sent
 
 Residual and velocity keep their values until `commit`, so that a step in which any party saw inf or
 NaN leaves no trace. Without momentum acc is made in a second vector, which then becomes the
@@ -19,9 +19,11 @@ Alistarh et al. 2018 (arXiv 1809.10505, Algorithm 1), with the sum over parties 
 (the division by the number of samples comes before). A residual is therefore never rescaled, and
 the sum of all residuals is conserved whatever the number of parties. Momentum before selection and
 the masking of u are those of Deep Gradient Compression (Lin et al. 2018, arXiv 1712.01887, sections
-3.1 and 3.3), as is clipping each party's gradient to clip_norm / sqrt(M) (section 3.2). Two
-differences: the velocity is not accumulated without lr, and c comes from the norm of the step
-before, since the exchange starts while backward has not finished the norm.
+3.1 and 3.3), as is clipping each party's gradient to clip_norm / sqrt(M) (section 3.2). Three
+differences: the velocity is not accumulated without lr; c comes from the norm of the step before,
+since the exchange starts while backward has not finished the norm; and masking is a choice. Without
+it, w less all residuals moves exactly as under momentum SGD; with it an entry that is sent at every
+step has no momentum at all.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class LocalRule:
     """Keep what is not sent; without it, it is lost."""
     clips: bool = False
     """Whether the norm of the fresh gradient is needed."""
+    masking: bool = False
+    """Set the velocity to zero where something is sent; needs momentum."""
 
 
 class Feedback:
@@ -195,7 +199,7 @@ class Feedback:
         self.acc_N[indices_K] = after
         if self._watch:
             self._acc_sq += float(np.dot(after, after)) - float(np.dot(before, before))
-        if self._rule.momentum:
+        if self._rule.masking:
             self._next_velocity_N[indices_K] = 0.0
 
     def publish(self) -> None:

@@ -77,7 +77,7 @@ class DeviceFeedback:
         """As `Feedback.take`."""
         where = self._there(indices_K)
         self._acc_N.index_add_(0, where, torch.from_numpy(-sent_K).to(self._acc_N.device))
-        if self._rule.momentum:
+        if self._rule.masking:
             self._next_velocity_N[where] = 0.0
 
     def total(self) -> np.ndarray:

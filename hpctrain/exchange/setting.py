@@ -31,7 +31,12 @@ class Setting:
         return self.flat.grads_P.device.type == "cpu"
 
     def local_rule(
-        self, gives: Literal["update", "gradient"], parties: int, *, feedback: bool
+        self,
+        gives: Literal["update", "gradient"],
+        parties: int,
+        *,
+        feedback: bool,
+        masking: bool,
     ) -> LocalRule:
         """What of the optimiser's rule comes before selection: all of it for updates. Local."""
         if gives == "gradient":
@@ -44,4 +49,5 @@ class Setting:
             weight_decay=sgd.weight_decay / parties,
             feedback=feedback,
             clips=sgd.clip_norm is not None,
+            masking=masking,
         )

@@ -57,8 +57,10 @@ class Shards:
         self._config, self._parties, self._flat = config, parties, setting.flat
         self.kind = config.algorithm
         if self.kind == "auto":
-            self.kind = "gather" if parties.count == 2 else "exclusive"
-        self._rule = setting.local_rule(config.gives, parties.count, feedback=config.feedback)
+            self.kind = "gather" if parties.count == 2 else "owner"
+        self._rule = setting.local_rule(
+            config.gives, parties.count, feedback=config.feedback, masking=config.masking
+        )
         self._clip_norm = setting.optimiser.clip_norm if self._rule.clips else None
         self._on_host = setting.on_host
         grad_bytes = 4 * setting.flat.n_params if self._on_host else 0

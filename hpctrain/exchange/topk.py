@@ -46,7 +46,7 @@ class TopkSettings(Table):
     algorithm: Literal["auto", "gather", "exclusive", "owner"] = "auto"
     """What travels: everybody's entries to all (gather), values at positions that one node picks
     (exclusive), entries to the owner of their part and sums back (owner). auto: gather for two
-    nodes, else exclusive."""
+    nodes, else owner."""
     index: Literal["uint32", "block16"] = "block16"
     """Coding of positions, 4 or 2 bytes each."""
     values: Literal["float32", "float16", "bfloat16", "sign"] = "float16"
@@ -57,6 +57,9 @@ class TopkSettings(Table):
     selected gradient entries go to any optimiser."""
     feedback: bool = True
     """Keep what was not sent for later steps."""
+    masking: bool = False
+    """Set the velocity of sent entries to zero, as Deep Gradient Compression does; needs gives =
+    "update" and momentum."""
     hierarchy: bool = True
     """Sum over the ranks of a node first; false, and for gradients on GPUs: every rank sends its
     own entries."""
@@ -105,6 +108,14 @@ class TopkSettings(Table):
             raise ValueError(
                 f'exchange.gives = "update" needs optimiser.kind = "sgd", whose momentum can come '
                 f'before selection; got "{optimiser.kind}": set exchange.gives = "gradient"'
+            )
+        has_velocity = (
+            self.gives == "update" and optimiser.kind == "sgd" and optimiser.momentum > 0.0
+        )
+        if self.masking and not has_velocity:
+            raise ValueError(
+                "exchange.masking = true sets velocities to zero, and there are none; it needs "
+                'exchange.gives = "update" and optimiser.momentum above 0: set masking = false'
             )
 
     @property

@@ -383,6 +383,19 @@ def full_density_is_dense(comm: Communicator, row: Row) -> None:
     rig.exchange.close()
 
 
+def all_that_came_in_is_momentum_sgd(comm: Communicator, row: Row) -> None:
+    """Parameters less everything that waits move as under momentum SGD, to rounding."""
+    rig = Rig(comm, replace(row, optimiser=Sgd(momentum=0.9)))
+    weights_P, velocity_P = rig.params().astype(np.float64), np.zeros(rig.n)
+    for step in range(12):
+        lr = LRS[step % len(LRS)]
+        assert rig.step([gradient(comm.rank, step, rig.n)], lr)
+        velocity_P = 0.9 * velocity_P + summed(comm, step, rig.n)
+        weights_P -= lr * velocity_P
+        assert_close(rig.params() - rig.waiting(), weights_P, 1e-4)
+    rig.exchange.close()
+
+
 def parties_of(comm: Communicator, config: Topk) -> tuple[list[list[int]], int]:
     """The ranks of each party, and the shards per bucket."""
     topology = comm.topology
@@ -443,7 +456,7 @@ def gather_is_the_textbook_algorithm(comm: Communicator, row: Row) -> None:
                 where = start + chosen
                 total_P[where] += acc_P[where]
                 acc_P[where] = 0.0
-                if k:
+                if k and config.masking:
                     velocity[party, where] = 0.0
             residual[party] = acc_P
         weights_P -= total_P
@@ -672,9 +685,11 @@ TOPK_CHECKS: list[Callable[[Communicator, Row], None]] = [
     warm_up_goes_down_to_the_density,
 ]
 """For top-k."""
+TELESCOPES = [row for row in TOPK if row.conserves and row.config.gives == "update"]
 TEXTBOOK = [
     topk("gather", "uint32", "float32", "update"),
     topk("gather", "block16", "float32", "update", hierarchy=False),
+    topk("gather", "uint32", "float32", "update", masking=True),
 ]
 EXACT = [
     topk(algorithm, "block16", "float32", "gradient", hierarchy=hierarchy)

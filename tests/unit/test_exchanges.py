@@ -67,6 +67,14 @@ def test_one_value_that_is_not_finite_while_xi_is_measured(row: exchanges.Row) -
     run(exchanges.one_value_that_is_not_finite_changes_nothing, row, [0, 1, 2])
 
 
+TELESCOPE: list[Check] = [exchanges.all_that_came_in_is_momentum_sgd]
+
+
+@pytest.mark.parametrize(("check", "row", "node_of"), spread(TELESCOPE, exchanges.TELESCOPES))
+def test_telescope(check: Check, row: exchanges.Row, node_of: list[int]) -> None:
+    run(check, row, node_of)
+
+
 TEXTBOOK = [exchanges.gather_is_the_textbook_algorithm]
 
 

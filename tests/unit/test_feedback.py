@@ -12,15 +12,16 @@ from hpctrain.compress.select import Selector
 
 N, BLOCK = 230, 64
 RULES = [
-    LocalRule(momentum, nesterov, weight_decay, feedback, clips)
-    for momentum, nesterov, weight_decay, feedback, clips in product(
-        (0.0, 0.9), (False, True), (0.0, 0.01), (True, False), (False, True)
+    LocalRule(momentum, nesterov, weight_decay, feedback, clips, masking)
+    for momentum, nesterov, weight_decay, feedback, clips, masking in product(
+        (0.0, 0.9), (False, True), (0.0, 0.01), (True, False), (False, True), (False, True)
     )
-    if momentum or not nesterov
+    if momentum or not (nesterov or masking)
 ]
 NAMED = {"argvalues": RULES, "ids": lambda r: (
     f"{r.momentum}{'n' if r.nesterov else ''}-decay{r.weight_decay}"
     f"-{'kept' if r.feedback else 'lost'}-{'clip' if r.clips else 'free'}"
+    f"{'-masked' if r.masking else ''}"
 )}  # fmt: skip
 
 
@@ -42,8 +43,9 @@ class Textbook:
     def commit(self, indices: np.ndarray, sent: np.ndarray, *, sent_all: bool) -> None:
         self.residual = self.acc.copy()
         self.residual[indices] -= sent
-        if self.rule.momentum:
+        if self.rule.masking:
             self.after[indices] = 0.0
+        if self.rule.momentum:
             self.velocity = self.after
         if sent_all or not self.rule.feedback:
             self.residual = np.zeros(N)
@@ -212,8 +214,9 @@ def test_a_step_that_is_not_committed_leaves_no_trace(rule, value):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_velocity_is_masked_where_something_was_sent(nesterov):
-    piece = Piece(LocalRule(0.9, nesterov))
+@pytest.mark.parametrize("masking", [False, True])
+def test_masking_sets_the_velocity_to_zero_where_something_was_sent(nesterov, masking):
+    piece = Piece(LocalRule(0.9, nesterov, masking=masking))
     feedback = piece.feedback
     for step in range(3):
         piece.fill(step)
@@ -222,7 +225,7 @@ def test_velocity_is_masked_where_something_was_sent(nesterov):
         indices = pick(feedback.acc_N, 40)
         feedback.take(indices, feedback.acc_N[indices])
         feedback.commit()
-        assert not feedback.velocity_N[indices].any()
+        assert feedback.velocity_N[indices].any() != masking
         others = np.setdiff1d(np.arange(N), indices)
         assert feedback.velocity_N[others].all()
         assert not feedback.residual_N[indices].any()

@@ -22,6 +22,7 @@ RULES = [
     LocalRule(),
     LocalRule(momentum=0.9, nesterov=True, weight_decay=0.01, clips=True),
     LocalRule(momentum=0.9, feedback=False),
+    LocalRule(momentum=0.9, masking=True),
 ]
 
 
