@@ -187,7 +187,7 @@ def time_to_target(results: Path) -> Figure:
         row[0].set_ylim(float(value) + ends[0], float(value) + ends[1])
         row[0].set_ylabel(f"held-out {measure}")
         row[0].set_title(f"{group['task']}, {group['ranks']} nodes x 1 rank, {group['rate']}")
-        row[1].legend(fontsize=7, frameon=False)
+        row[1].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 

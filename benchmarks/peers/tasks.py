@@ -110,7 +110,8 @@ class System:
     environment: Mapping[str, str] = field(default_factory=dict)
     """For Open MPI, in timings."""
     steps_of: str = ""
-    """The system whose steps to target are this one's too, because the arithmetic is the same."""
+    """The system whose steps to target are this one's too, because the arithmetic is the same; of
+    float16 because only rounding differs."""
     linear: bool = False
     """The result depends on the mean of the ranks' gradients only, so steps to target are computed
     by one rank with the whole batch: dense float32 sums, and PowerSGD (lemma 3 of Vogels et al.
@@ -131,10 +132,10 @@ def topk(density: float, **more: Any) -> System:
 
 SYSTEMS = {
     DENSE: System("horovod", linear=True),
-    "Horovod float16": System("horovod", ("--compression", "fp16")),
+    "Horovod float16": System("horovod", ("--compression", "fp16"), steps_of=DENSE),
     "Horovod float32, ring": System("horovod", environment=RING, steps_of=DENSE),
     "Horovod float16, ring": System(
-        "horovod", ("--compression", "fp16"), environment=RING, steps_of="Horovod float16"
+        "horovod", ("--compression", "fp16"), environment=RING, steps_of=DENSE
     ),
     "DDP": System("ddp", steps_of=DENSE),
     "DDP PowerSGD-1": System("ddp", ("--powersgd", "1"), linear=True),
