@@ -39,7 +39,7 @@ def summarise(log: Log) -> Summary:
                 made = {name: _system(name, here, rate, target) for name in SYSTEMS}
                 systems = {name: system for name, system in made.items() if system}
                 for system in systems.values():
-                    if DENSE in systems and system is not systems[DENSE]:
+                    if DENSE in systems and system["steps_of"] != DENSE:
                         found_final = compare_final(system, systems[DENSE], target.measure)
                         system["final_less_dense"] = found_final
                 group = {
@@ -97,7 +97,11 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
         links = [median(x["link_bytes"][-(x["steps"] - SETTLED_AT) :]) for x in shaped]
         found["link_bytes_per_step"] = median(links)
         found["load_average"] = [x["load_average"] for x in shaped]
-    found["final"] = {x["seed"]: x["curve"][-1] for x in lines if _is(x, "final", steps_of)}
+    found["final"] = {
+        x["seed"]: x["curve"][-1]
+        for x in lines
+        if _is(x, "final", steps_of) and x["lr"] == found.get("best_lr", x["lr"])
+    }
     whole = [x for x in lines if _is(x, "full", name) and x["rate"] == rate]
     found["full"] = [_whole(line, target) for line in whole]
     if means and shaped:
