@@ -101,6 +101,8 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             make_reducer, comm=comm, device=device, stall_check_s=run.watchdog.warn_s
         )
         exchange = run.exchange.build(Setting(flat, comm, reducers, run.optimiser))
+        # Before the watchdog: the first optimiser of a process imports for seconds.
+        optimiser = AppliedUpdate() if exchange.gives == "update" else run.optimiser.build(flat)
         watchdog = Watchdog(
             comm,
             exchange.bucket_names,
@@ -121,9 +123,7 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             data=data,
             loader=Loader(data.train, order, run.batch.micro_batch, run.data.prefetch, device),
             flat=flat,
-            optimiser=(
-                AppliedUpdate() if exchange.gives == "update" else run.optimiser.build(flat)
-            ),
+            optimiser=optimiser,
             exchange=exchange,
             policy=run.batch.build(),
             lr=run.lr,

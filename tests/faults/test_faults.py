@@ -104,7 +104,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(jobs):
 def test_stalled_rank_is_named_and_ends_the_job(jobs, backend):
     config = (
         f'[model]\nkind = "misbehaving:hangs"\n[exchange]\ndense_backend = "{backend}"\n'
-        "[watchdog]\nheartbeat_s = 0.2\nwarn_s = 1.5\nabort_s = 3\n"
+        "[watchdog]\nheartbeat_s = 0.2\nwarn_s = 4\nabort_s = 8\n"
     )
     job = jobs.start(3, config=config)
     assert job.wait(60) == 70, job.text()
