@@ -29,7 +29,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,22 @@ from benchmarks.peers.tasks import SYSTEMS, TASKS
 
 def count_steps(args: argparse.Namespace) -> None:
     """Unshaped runs to the target, seed by seed."""
-    log = Log(args.log)
-    with ThreadPoolExecutor(args.at_once) as pool:
-        for done in [pool.submit(once, log, "steps", job) for job in jobs(args, shaped=False)]:
-            done.result()
+    side_by_side(args, "steps", jobs(args, shaped=False))
 
 
 def count_final(args: argparse.Namespace) -> None:
     """Unshaped runs of equal length whose step size falls to 0, evaluated at the end."""
-    log = Log(args.log)
     change: dict[str, Any] = {"evaluate": False, "to_target": False, "schedule": "cosine"}
     change["steps"] = args.steps or TASKS[args.task].final_steps
-    whole = [dataclasses.replace(job, **change) for job in jobs(args, shaped=False)]
+    changed = (dataclasses.replace(job, **change) for job in jobs(args, shaped=False))
+    side_by_side(args, "final", changed)
+
+
+def side_by_side(args: argparse.Namespace, what: str, wanted: Iterable[Job]) -> None:
+    """Unshaped runs, so many at once as the command line says."""
+    log = Log(args.log)
     with ThreadPoolExecutor(args.at_once) as pool:
-        for done in [pool.submit(once, log, "final", job) for job in whole]:
+        for done in [pool.submit(once, log, what, job) for job in wanted]:
             done.result()
 
 

@@ -114,8 +114,8 @@ class System:
     float16 because only rounding differs."""
     linear: bool = False
     """The result depends on the mean of the ranks' gradients only, so steps to target are computed
-    by one rank with the whole batch: dense float32 sums, and PowerSGD (lemma 3 of Vogels et al.
-    2019), up to rounding."""
+    by one rank with the whole batch: dense float32 sums, and PowerSGD, whose factors and residuals
+    add up over ranks (Vogels et al. 2019); up to rounding."""
 
 
 RING = {

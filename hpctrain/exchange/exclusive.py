@@ -10,8 +10,8 @@ sent per party and step: k (M - 1) / M positions and 2 k (M - 1) / M values. A r
 sum stays with the party that added it. Memory: O(k).
 
 The cheapest of the three to compute, but only 1 / M of the values that travel are large: the other
-parties' values stand at positions that they did not choose. At equal bytes it trained more slowly
-than `gather` and `owner` (docs/benchmarks.md).
+parties' values stand at positions that they did not choose. Even with twice the bytes it trained
+more slowly than `gather` and `owner` (docs/benchmarks.md).
 
 Parts that are exclusive and rotate are those of MiCRO (Yoon, Oh 2023, arXiv 2310.00967) and ExDyna
 (Yoon, Oh 2024, arXiv 2402.13781). Differences: exactly k entries instead of a controlled
