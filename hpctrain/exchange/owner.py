@@ -90,15 +90,13 @@ class Owner:
         sent = NOTHING
         if all_finite:
             for _, positions, values in offers:
-                self._before.append((positions, self.pending_N[positions]))
-                self.pending_N[positions] += values
+                self._change(positions, values)
             sent = selector.pick(self.pending_N, self._k_out)
             all_finite = sent.finite
         header = Header(all_finite, feedback.residual_sq, wanted)
         written = self._out.write(step, bucket, sent if all_finite else NOTHING, header)
         if all_finite:
-            self._before.append((sent.indices_K, self.pending_N[sent.indices_K]))
-            self.pending_N[sent.indices_K] -= written
+            self._change(sent.indices_K, -written)
         yield phases[1].iallgather(self._outbox, self._arrived)
         return agreed([slot.read(step, bucket)[0] for slot in self._results])
 
@@ -122,6 +120,12 @@ class Owner:
             self.pending_N[positions] = values
         self._before = []
 
+    def _change(self, positions: np.ndarray, values: np.ndarray) -> None:
+        """Add to what is pending (no position twice), so that `undo` can take it back."""
+        before = self.pending_N[positions]
+        self._before.append((positions, before))
+        self.pending_N[positions] = before + values
+
     def _request(
         self, step: int, bucket: int, feedback: AnyFeedback, picked: Picked, wanted: int
     ) -> None:
@@ -129,14 +133,9 @@ class Owner:
         header = Header(picked.finite, feedback.residual_sq, wanted)
         if not picked.finite:
             picked = NOTHING
-        indices = picked.indices_K.astype(np.int64)
-        parts = self.parts.part_of(indices).astype(np.uint16)
-        order = np.argsort(parts, kind="stable")
-        ends = np.cumsum(np.bincount(parts, minlength=self._size))
-        for part, chosen in enumerate(np.split(order, ends[:-1])):
-            for_owner = Picked(indices[chosen], picked.values_K[chosen], finite=True)
-            for_owner = largest(for_owner, self._room)
-            inside = self.parts.inside(for_owner.indices_K).astype(np.uint32)
-            entries = Picked(inside, for_owner.values_K, finite=True)
+        for part, chosen in enumerate(self.parts.by_part(picked.indices_K)):
+            mine = Picked(picked.indices_K.take(chosen), picked.values_K.take(chosen), finite=True)
+            mine = largest(mine, self._room)
+            entries = Picked(self.parts.inside(mine.indices_K), mine.values_K, finite=True)
             written = self._requests[part].write(step, bucket, entries, header)
-            feedback.take(for_owner.indices_K, written)
+            feedback.take(mine.indices_K, written)
