@@ -40,7 +40,7 @@ def summarise(log: Log) -> Summary:
                 systems = {name: system for name, system in made.items() if system}
                 for system in systems.values():
                     if DENSE in systems and system["steps_of"] != DENSE:
-                        found_final = compare_final(system, systems[DENSE], target.measure)
+                        found_final = compare_final(system, systems[DENSE], target)
                         system["final_less_dense"] = found_final
                 group = {
                     "task": task,
@@ -88,7 +88,10 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
     if means:
         best = min(means, key=lambda lr: means[lr])
         found |= {"best_lr": best, "steps": means[best], "each": grid[best], "seeds": most}
-        found["curves"] = [x["curve"] for x in counted if x["lr"] == best]
+    if counted:
+        nearest = min(counted, key=lambda x: x["curve"][-1][1])["lr"]
+        shown = found.get("best_lr", nearest)
+        found["curves"] = [x["curve"] for x in counted if x["lr"] == shown]
     if shaped:
         found["step_s_rounds"] = [median(x["step_s"]) for x in shaped]
         found["step_s"] = median([s for x in shaped for s in x["step_s"]])
@@ -97,11 +100,7 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
         links = [median(x["link_bytes"][-(x["steps"] - SETTLED_AT) :]) for x in shaped]
         found["link_bytes_per_step"] = median(links)
         found["load_average"] = [x["load_average"] for x in shaped]
-    found["final"] = {
-        x["seed"]: x["curve"][-1]
-        for x in lines
-        if _is(x, "final", steps_of) and x["lr"] == found.get("best_lr", x["lr"])
-    }
+    found |= _ends([x for x in lines if _is(x, "final", steps_of)], target)
     whole = [x for x in lines if _is(x, "full", name) and x["rate"] == rate]
     found["full"] = [_whole(line, target) for line in whole]
     if means and shaped:
@@ -109,17 +108,31 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
     return found
 
 
+def _ends(lines: list[Line], target: Target) -> Summary:
+    """The last evaluation by seed, at the step size with the most seeds, then at the best one."""
+    by_lr: dict[float, dict[int, list[float]]] = {}
+    for line in lines:
+        by_lr.setdefault(line["lr"], {})[line["seed"]] = line["curve"][-1]
+
+    def rank(lr: float) -> tuple[int, float]:
+        mean = statistics.mean(point[target.column] for point in by_lr[lr].values())
+        return len(by_lr[lr]), mean if target.measure == "accuracy" else -mean
+
+    best = max(by_lr, key=rank, default=None)
+    return {"final_lr": best, "final": {} if best is None else by_lr[best]}
+
+
 def _is(line: Line, what: str, system: str) -> bool:
     return bool(line["what"] == what and line["system"] == system)
 
 
-def compare_final(ours: Summary, dense: Summary, measure: str) -> Summary | None:
+def compare_final(ours: Summary, dense: Summary, target: Target) -> Summary | None:
     """The last evaluation after equal steps, paired by seed: ours less dense.
 
     Args:
         ours: A system's part of the summary.
         dense: That of the dense float32 sum.
-        measure: "accuracy" (worse is less) or "loss" (worse is more).
+        target: Its measure is the one that is compared: less accuracy is worse, more loss is.
 
     Returns:
         Mean difference and its one-sided 95 % bound (Student's t) on the worse side.
@@ -127,11 +140,11 @@ def compare_final(ours: Summary, dense: Summary, measure: str) -> Summary | None
     seeds = sorted(ours["final"].keys() & dense["final"].keys())
     if len(seeds) < 2:
         return None
-    column = 2 if measure == "accuracy" else 1
+    column = target.column
     each = [ours["final"][seed][column] - dense["final"][seed][column] for seed in seeds]
     spread = stats.t.ppf(0.95, len(each) - 1) * statistics.stdev(each) / math.sqrt(len(each))
     mean = statistics.fmean(each)
-    worst = mean - spread if measure == "accuracy" else mean + spread
+    worst = mean - spread if target.measure == "accuracy" else mean + spread
     return {"seeds": seeds, "each": each, "mean": mean, "worst_95": worst}
 
 

@@ -24,6 +24,11 @@ class Target:
     def __str__(self) -> str:
         return f"{self.measure}:{self.value:g}"
 
+    @property
+    def column(self) -> int:
+        """Where the measure stands in (step, loss, accuracy)."""
+        return 2 if self.measure == "accuracy" else 1
+
     def met(self, loss: float, accuracy: float) -> bool:
         """Whether one evaluation is good enough."""
         return accuracy >= self.value if self.measure == "accuracy" else loss <= self.value

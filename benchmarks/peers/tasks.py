@@ -153,6 +153,9 @@ SYSTEMS = {
     "hpctrain top-k 0.4 %, gather": topk(0.004, algorithm="gather"),
     "hpctrain top-k 1 %, gather": topk(0.01, algorithm="gather"),
     "hpctrain top-k 2 %, gather": topk(0.02, algorithm="gather"),
+    "hpctrain top-k 0.4 %, gather, masking": topk(0.004, algorithm="gather", masking=True),
+    "hpctrain top-k 1 %, gather, masking": topk(0.01, algorithm="gather", masking=True),
+    "hpctrain top-k 2 %, gather, masking": topk(0.02, algorithm="gather", masking=True),
     "hpctrain top-k 0.3 %": topk(0.003),
     "hpctrain top-k 0.1 %": topk(0.001),
     "hpctrain powersgd-2": System(

@@ -33,13 +33,13 @@ def test_the_target_must_be_held_twice_in_a_row():
 def test_final_differences_are_paired_and_bounded_on_the_worse_side():
     ours = {"final": {0: [9, 0.30, 0.90], 1: [9, 0.31, 0.91], 2: [9, 0.32, 0.92]}}
     dense = {"final": {0: [9, 0.29, 0.91], 1: [9, 0.31, 0.91], 2: [9, 0.33, 0.91], 3: [9, 0, 0]}}
-    found = report.compare_final(ours, dense, "accuracy")
+    found = report.compare_final(ours, dense, Target("accuracy", 0.9))
     assert found is not None
     assert found["seeds"] == [0, 1, 2]
     assert found["mean"] == pytest.approx(0.0)
     # Student's t, 2 degrees of freedom, one-sided 95 %: 2.92; standard error 0.01 / sqrt(3).
     assert found["worst_95"] == pytest.approx(-2.92 * 0.01 / 3**0.5, rel=1e-3)
-    found = report.compare_final(ours, dense, "loss")
+    found = report.compare_final(ours, dense, Target("loss", 0.3))
     assert found is not None
     assert found["worst_95"] == pytest.approx(2.92 * 0.01 / 3**0.5, rel=1e-3)
 
