@@ -88,10 +88,10 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
     if means:
         best = min(means, key=lambda lr: means[lr])
         found |= {"best_lr": best, "steps": means[best], "each": grid[best], "seeds": most}
-    if counted:
-        nearest = min(counted, key=lambda x: x["curve"][-1][1])["lr"]
+    if evaluated := [x for x in counted if x["curve"]]:
+        nearest = min(evaluated, key=lambda x: x["curve"][-1][1])["lr"]
         shown = found.get("best_lr", nearest)
-        found["curves"] = [x["curve"] for x in counted if x["lr"] == shown]
+        found["curves"] = [x["curve"] for x in evaluated if x["lr"] == shown]
     if shaped:
         found["step_s_rounds"] = [median(x["step_s"]) for x in shaped]
         found["step_s"] = median([s for x in shaped for s in x["step_s"]])
@@ -111,7 +111,7 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
 def _ends(lines: list[Line], target: Target) -> Summary:
     """The last evaluation by seed, at the step size with the most seeds, then at the best one."""
     by_lr: dict[float, dict[int, list[float]]] = {}
-    for line in lines:
+    for line in (x for x in lines if x["curve"]):
         by_lr.setdefault(line["lr"], {})[line["seed"]] = line["curve"][-1]
 
     def rank(lr: float) -> tuple[int, float]:
