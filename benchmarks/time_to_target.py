@@ -144,7 +144,9 @@ def main() -> None:
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--task", choices=list(TASKS), default="fashion")
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument(
+        "--systems", nargs="+", metavar="SYSTEM", choices=list(SYSTEMS), default=list(SYSTEMS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lrs", nargs="+", type=float, help="by default the task's grid")
     parser.add_argument("--nodes", type=int, default=4, help="one rank each")

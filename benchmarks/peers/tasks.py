@@ -125,9 +125,10 @@ RING = {
 DENSE = "Horovod float32"
 
 
-def topk(density: float, **more: Any) -> System:
+def topk(density: float, *, masking: bool = True, **more: Any) -> System:
     """hpctrain's top-k at a density; all else by default unless given."""
-    return System("hpctrain", tables={"exchange": {"kind": "topk", "density": density, **more}})
+    table = {"kind": "topk", "density": density, "masking": masking, **more}
+    return System("hpctrain", tables={"exchange": table})
 
 
 SYSTEMS = {
@@ -147,17 +148,18 @@ SYSTEMS = {
     "hpctrain dense, mpi": System(
         "hpctrain", tables={"exchange": {"dense_backend": "mpi"}}, steps_of=DENSE
     ),
-    "hpctrain top-k 3 %": topk(0.03),
-    "hpctrain top-k 1 %": topk(0.01),
+    **{f"hpctrain top-k {100 * share:g} %": topk(share) for share in (0.001, 0.003, 0.01, 0.03)},
     "hpctrain top-k 1 %, exclusive": topk(0.01, algorithm="exclusive"),
-    "hpctrain top-k 0.4 %, gather": topk(0.004, algorithm="gather"),
-    "hpctrain top-k 1 %, gather": topk(0.01, algorithm="gather"),
-    "hpctrain top-k 2 %, gather": topk(0.02, algorithm="gather"),
-    "hpctrain top-k 0.4 %, gather, masking": topk(0.004, algorithm="gather", masking=True),
-    "hpctrain top-k 1 %, gather, masking": topk(0.01, algorithm="gather", masking=True),
-    "hpctrain top-k 2 %, gather, masking": topk(0.02, algorithm="gather", masking=True),
-    "hpctrain top-k 0.3 %": topk(0.003),
-    "hpctrain top-k 0.1 %": topk(0.001),
+    **{
+        f"hpctrain top-k {100 * share:g} %, gather{', no masking' * (not masking)}": topk(
+            share, algorithm="gather", masking=masking
+        )
+        for share in (0.004, 0.01, 0.02)
+        for masking in (True, False)
+    },
+    "hpctrain top-k 3 %, gather, dense below 1024": topk(
+        0.03, algorithm="gather", dense_below=1024
+    ),
     "hpctrain powersgd-2": System(
         "hpctrain", tables={"exchange": {"kind": "powersgd", "matrix_rank": 2}}
     ),

@@ -23,7 +23,7 @@ the masking of u are those of Deep Gradient Compression (Lin et al. 2018, arXiv 
 differences: the velocity is not accumulated without lr; c comes from the norm of the step before,
 since the exchange starts while backward has not finished the norm; and masking is a choice. Without
 it, w less all residuals moves exactly as under momentum SGD; with it an entry that is sent at every
-step has no momentum at all.
+step has no momentum at all, while one that is summed whole (`total`) keeps all of it.
 """
 
 from __future__ import annotations

@@ -49,5 +49,5 @@ class Setting:
             weight_decay=sgd.weight_decay / parties,
             feedback=feedback,
             clips=sgd.clip_norm is not None,
-            masking=masking,
+            masking=masking and sgd.momentum > 0.0,
         )

@@ -57,9 +57,9 @@ class TopkSettings(Table):
     selected gradient entries go to any optimiser."""
     feedback: bool = True
     """Keep what was not sent for later steps."""
-    masking: bool = False
-    """Set the velocity of sent entries to zero, as Deep Gradient Compression does; needs gives =
-    "update" and momentum."""
+    masking: bool = True
+    """Set the velocity of sent entries to zero, as Deep Gradient Compression does, where there is a
+    velocity: with gives = "update" and momentum. What is summed whole keeps its velocity."""
     hierarchy: bool = True
     """Sum over the ranks of a node first; false, and for gradients on GPUs: every rank sends its
     own entries."""
@@ -108,14 +108,6 @@ class TopkSettings(Table):
             raise ValueError(
                 f'exchange.gives = "update" needs optimiser.kind = "sgd", whose momentum can come '
                 f'before selection; got "{optimiser.kind}": set exchange.gives = "gradient"'
-            )
-        has_velocity = (
-            self.gives == "update" and optimiser.kind == "sgd" and optimiser.momentum > 0.0
-        )
-        if self.masking and not has_velocity:
-            raise ValueError(
-                "exchange.masking = true sets velocities to zero, and there are none; it needs "
-                'exchange.gives = "update" and optimiser.momentum above 0: set masking = false'
             )
 
     @property

@@ -163,13 +163,6 @@ def test_impossible_combinations_are_refused(write):
     assert "autocast" in error_of(path, "train.autocast=bfloat16", "train.device=cpu")
 
 
-def test_masking_without_a_velocity_is_refused(write):
-    path = write(MINIMAL + '\n[exchange]\nkind = "topk"\nmasking = true\n')
-    assert "there are none" in error_of(path, "optimiser.momentum=0.0")
-    assert "there are none" in error_of(path, "exchange.gives=gradient", "optimiser.momentum=0.9")
-    assert load(path, ["optimiser.momentum=0.9"]).run.exchange.masking
-
-
 def test_two_mistakes_are_both_told(write):
     message = error_of(write(MINIMAL), "batch.batch_global=0", "lr.bass=1")
     assert len(message.splitlines()) >= 2
