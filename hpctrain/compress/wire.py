@@ -146,8 +146,8 @@ class Slot:
         self._words[_CHECKSUM] = self._checksum()
         return sent
 
-    def read(self, step: int, bucket: int) -> tuple[Header, np.ndarray, np.ndarray]:
-        """What the slot holds: header, indices (int64) and values (float32). Local.
+    def header(self, step: int, bucket: int) -> Header:
+        """Check the whole slot; what it says beside its entries. Local.
 
         Raises:
             WireError: the slot is of another step or bucket, or its bytes are damaged.
@@ -164,9 +164,17 @@ class Slot:
                 f"the message of step {step}, bucket {bucket} is damaged (count {count} of at most "
                 f"{self.capacity}, checksum {int(self._words[_CHECKSUM])})"
             )
-        header = Header(
+        return Header(
             bool(self._words[_FINITE]), float(self._floats[_NORM]), int(self._words[_WANTED])
         )
+
+    def read(self, step: int, bucket: int) -> tuple[Header, np.ndarray, np.ndarray]:
+        """Check the slot; its header, indices (int64) and values (float32). Local.
+
+        Raises:
+            WireError: as of `header`.
+        """
+        header, count = self.header(step, bucket), int(self._words[_COUNT])
         indices = self._indices[: count if self.coding.index != "none" else 0].astype(np.int64)
         if self.coding.index == "block16":
             blocks = np.arange(len(self._counts), dtype=np.int64) << _BLOCK_BITS

@@ -79,7 +79,7 @@ class Gather:
         else:
             self._out.write(step, bucket, NOTHING, header)
         yield phases[0].iallgather(self._outbox, self._arrived)
-        return agreed([slot.read(step, bucket)[0] for slot in self._slots])
+        return agreed([slot.header(step, bucket) for slot in self._slots])
 
     def results(self, step: int, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Positions (K,) int64 in the shard and what to subtract there, one pair per party. Local.

@@ -98,7 +98,7 @@ class Owner:
         if all_finite:
             self._change(sent.indices_K, -written)
         yield phases[1].iallgather(self._outbox, self._arrived)
-        return agreed([slot.read(step, bucket)[0] for slot in self._results])
+        return agreed([slot.header(step, bucket) for slot in self._results])
 
     def results(self, step: int, bucket: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """As `Gather.results`, one pair per owner. Local."""

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
+from hpctrain.compress.scan import Kernel
 from hpctrain.compress.wire import Coding
 from hpctrain.exchange.setting import Setting
 from hpctrain.exchange.switch import Switch
@@ -65,6 +66,9 @@ class TopkSettings(Table):
     own entries."""
     xi_every: int = Field(default=0, ge=0)
     """Measure the convergence assumption of Alistarh et al. every so many steps; 0 = never."""
+    kernel: Kernel = "auto"
+    """What compares and collects on CPUs, to the same result: NumPy, or code that numba compiles at
+    the start, several times faster; "auto": numba where it is installed."""
     dense_below: int = Field(default=16384, ge=0)
     """Parameters with fewer entries, and those of one dimension, are summed whole."""
     bucket_mib: float = Field(default=16.0, gt=0.0)

@@ -65,7 +65,10 @@ class TopkExchange:
         self._parties = Parties(setting.comm, by_node=config.hierarchy and setting.on_host)
         self._shards = Shards(config, setting, self._buckets, self._parties)
         self._choice = Choice(config, self._shards, self._parties, self._parties.everyone)
-        self._selector = Selector(max(self._shards.largest, 1))
+        selects = self._parties.count > 1
+        self._selector = Selector(
+            max(self._shards.largest, 1), kernel=config.kernel if selects else "numpy"
+        )
         self._whole = Whole()
         self._lane = Lane(threaded=flat.n_params >= _THREADED_FROM and setting.comm.any_thread)
         self._ready = ReadyBuckets(
@@ -77,6 +80,8 @@ class TopkExchange:
         self._clip = 1.0
         self._told: dict[str, float] = {}
         self.algorithm = self._shards.describe()
+        if selects and setting.on_host:
+            self.algorithm += f", picked with {self._selector.kernel}"
 
     @property
     def current(self) -> int:

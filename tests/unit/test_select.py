@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from hpctrain.compress import scan
 from hpctrain.compress.select import BLOCK, Selector
+from hpctrain.errors import ConfigError
+
+needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+KERNELS = ["numpy", pytest.param("numba", marks=needs_numba)]
 
 
 def expected(x_N: np.ndarray, k: int) -> np.ndarray:
@@ -24,16 +31,18 @@ def heavy_tailed(n: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 100, BLOCK - 1, BLOCK, BLOCK + 1, 300_000])
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.01, 0.3, 1.0])
-def test_it_is_the_exact_top_k(n, density):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_it_is_the_exact_top_k(n, density, kernel):
     x_N = heavy_tailed(n)
     k = int(np.ceil(density * n))
-    picked = Selector(n).pick(x_N, k)
+    picked = Selector(n, kernel=kernel).pick(x_N, k)
     np.testing.assert_array_equal(picked.indices_K, expected(x_N, k))
     np.testing.assert_array_equal(picked.values_K, x_N[picked.indices_K])
     assert picked.indices_K.dtype == np.uint32
     assert picked.finite
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None, max_examples=200)
 @given(
     x_N=arrays.arrays(
@@ -44,8 +53,8 @@ def test_it_is_the_exact_top_k(n, density):
     k=st.integers(0, 401),
     block=st.sampled_from([1, 7, 64]),
 )
-def test_ties_and_zeros(x_N, k, block):
-    picked = Selector(len(x_N), block=block).pick(x_N, k)
+def test_ties_and_zeros(kernel, x_N, k, block):
+    picked = Selector(len(x_N), block, kernel).pick(x_N, k)
     np.testing.assert_array_equal(picked.indices_K, expected(x_N, k))
 
 
@@ -91,13 +100,32 @@ def test_blocks_are_prepared_once_in_order_even_when_the_threshold_is_missed():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("at", [0, 12_345, 99_999])
-def test_one_value_that_is_not_finite_is_seen(value, at):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_value_that_is_not_finite_is_seen(value, at, kernel):
     x_N = heavy_tailed(100_000)
     x_N[at] = value
-    assert not Selector(len(x_N)).pick(x_N, 50).finite
-    assert not Selector(len(x_N)).pick(np.full(1000, value, np.float32), 50).finite
-    assert not Selector(len(x_N)).pick(x_N, 0).finite
-    assert not Selector(len(x_N)).pick(x_N, len(x_N)).finite
+    selector = Selector(len(x_N), kernel=kernel)
+    assert not selector.pick(x_N, 50).finite
+    assert not selector.pick(np.full(1000, value, np.float32), 50).finite
+    assert not selector.pick(x_N, 0).finite
+    assert not selector.pick(x_N, len(x_N)).finite
+
+
+@needs_numba
+@given(
+    x_B=arrays.arrays(np.float32, st.integers(0, 70), elements=st.floats(width=32)),
+    threshold=st.floats(0.0, 1e30),
+)
+def test_both_kernels_find_the_same(x_B, threshold):
+    first, second = (scan.make_scan(kernel, 70)(x_B, threshold) for kernel in ("numpy", "numba"))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_numba_is_asked_for_by_name_only_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(scan.importlib.util, "find_spec", lambda name: None)
+    assert scan.chosen("auto") == scan.chosen("numpy") == "numpy"
+    with pytest.raises(ConfigError, match="numba is not installed here"):
+        scan.chosen("numba")
 
 
 def test_indices_that_do_not_fit_are_refused():
