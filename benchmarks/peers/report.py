@@ -72,7 +72,8 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
     steps_of = SYSTEMS[name].steps_of or name
     counted = [x for x in lines if _is(x, "steps", steps_of)]
     shaped = [x for x in lines if _is(x, "shaped", name) and x["rate"] == rate]
-    if not counted and not shaped:
+    ends = [x for x in lines if _is(x, "final", steps_of)]
+    if not counted and not shaped and not ends:
         return None
     found: Summary = {"steps_of": steps_of}
     grid: dict[float, list[int | None]] = {}
@@ -100,7 +101,7 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
         links = [median(x["link_bytes"][-(x["steps"] - SETTLED_AT) :]) for x in shaped]
         found["link_bytes_per_step"] = median(links)
         found["load_average"] = [x["load_average"] for x in shaped]
-    found |= _ends([x for x in lines if _is(x, "final", steps_of)], target)
+    found |= _ends(ends, target)
     whole = [x for x in lines if _is(x, "full", name) and x["rate"] == rate]
     found["full"] = [_whole(line, target) for line in whole]
     if means and shaped:
@@ -109,9 +110,15 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
 
 
 def _ends(lines: list[Line], target: Target) -> Summary:
-    """The last evaluation by seed, at the step size with the most seeds, then at the best one."""
+    """The last evaluation by seed, at the step size with the most seeds, then at the best one.
+
+    A step size at which some seed diverged is none to choose.
+    """
+    diverged: dict[str, list[int]] = {}
+    for line in (x for x in lines if not x["curve"]):
+        diverged.setdefault(f"{line['lr']:g}", []).append(line["seed"])
     by_lr: dict[float, dict[int, list[float]]] = {}
-    for line in (x for x in lines if x["curve"]):
+    for line in (x for x in lines if f"{x['lr']:g}" not in diverged):
         by_lr.setdefault(line["lr"], {})[line["seed"]] = line["curve"][-1]
 
     def rank(lr: float) -> tuple[int, float]:
@@ -119,7 +126,8 @@ def _ends(lines: list[Line], target: Target) -> Summary:
         return len(by_lr[lr]), mean if target.measure == "accuracy" else -mean
 
     best = max(by_lr, key=rank, default=None)
-    return {"final_lr": best, "final": {} if best is None else by_lr[best]}
+    chosen = {} if best is None else by_lr[best]
+    return {"final_lr": best, "final": chosen, "final_diverged": diverged}
 
 
 def _is(line: Line, what: str, system: str) -> bool:

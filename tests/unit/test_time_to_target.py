@@ -62,3 +62,14 @@ def test_time_is_steps_times_step(tmp_path):
     assert "| Horovod float32 | 0.06 | 450 (400, 500) | 2,000 ms |" in report.table(
         report.summarise(log)
     )
+
+
+def test_a_step_size_at_which_a_seed_diverged_is_not_chosen(tmp_path):
+    log, system = Log(tmp_path / "log"), "hpctrain top-k 1 %, gather"
+    for lr, seed, curve in ((0.1, 0, [[9, 0.3, 0.8]]), (0.2, 0, [[9, 0.2, 0.9]]), (0.2, 1, [])):
+        job = Job("fashion", system, lr, seed, 4)
+        log.append(key_of("final", job, "") | {"job": vars(job), "curve": curve})
+    (group,) = report.summarise(log)["groups"]
+    found = group["systems"][system]
+    assert (found["final_lr"], found["final"]) == (0.1, {0: [9, 0.3, 0.8]})
+    assert found["final_diverged"] == {"0.2": [1]}
