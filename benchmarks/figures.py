@@ -32,7 +32,9 @@ def panels_of(
     rows: int, columns: int, size: tuple[float, float], title: str, **how: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure and its panels, row by row."""
-    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, **how)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **how
+    )
     for panel in panels.flat:
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
@@ -163,26 +165,32 @@ def time_to_target(results: Path) -> Figure:
     groups = [g for g in read(results / "time_to_target.json")["groups"] if g["rate"]]
     title = "Whole trainings: steps of the unshaped run x the median shaped step"
     figure, panels = panels_of(len(groups), 2, (10, 3.6 * len(groups)), title, sharey="row")
+    peers = dict.fromkeys(
+        name for g in groups for name in g["systems"] if not name.startswith("hpctrain")
+    )
+    colors = {name: f"C{1 + place % 9}" for place, name in enumerate(peers)}
     for number, group in enumerate(groups):
         row = panels[2 * number : 2 * number + 2]
         target = Target.parse(group["target"])
         shown = {n: s for n, s in group["systems"].items() if "curves" in s and "step_s" in s}
-        for color, (name, found) in enumerate(shown.items()):
+        for name, found in shown.items():
             for seed, curve in enumerate(found["curves"]):
                 scales = (found["step_s"], found["link_bytes_per_step"] / 1e6)
                 for panel, scale in zip(row, scales, strict=True):
                     panel.plot(
                         [point[0] * scale for point in curve],
                         [point[target.column] for point in curve],
-                        color=f"C{color % 10}",
-                        linewidth=1.6 if name.startswith("hpctrain") else 0.9,
+                        color=colors.get(name, OURS),
+                        linewidth=0.9 if name in peers else 1.6,
+                        linestyle="--" if name.endswith("no masking") else "-",
                         label=name if seed == 0 else None,
                     )
         for panel, label in zip(row, ("seconds", "MB sent per node"), strict=True):
-            panel.axhline(target.value, color=LIMIT, linewidth=0.8)
             panel.set_xscale("log")
             panel.set_xlabel(label)
         if any("time_s" in found for found in shown.values()):
+            for panel in row:
+                panel.axhline(target.value, color=LIMIT, linewidth=0.8)
             # Where it is decided: the last tenth on the way to the target.
             ends = (-0.06, 0.02) if target.measure == "accuracy" else (-0.17, 0.5)
             row[0].set_ylim(target.value + ends[0], target.value + ends[1])
@@ -215,7 +223,6 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names or FIGURES:
         figure = FIGURES[name](args.results)
-        figure.tight_layout()
         figure.savefig(args.out / f"{name}.svg", metadata={"Date": None})
 
 
