@@ -9,7 +9,8 @@ kept. When fewer than k entries exceed t (about one call in 500), the comparison
 lower t; the result is the exact top k in every case, the lowest indices first among equals.
 
 Cost, n entries, one core: 3.5 (numba) to 5 (NumPy) times an in-place `r += g` at n = 1e7 and
-k = 1 % (benchmarks/selection.py). Memory: two blocks, and the collected entries.
+k = 1 % (benchmarks/selection.py). Memory: 5 (NumPy) or 9 (numba) bytes per entry of a block, and
+the collected entries.
 
 The sampled threshold is that of Deep Gradient Compression (Lin et al. 2018, arXiv 1712.01887,
 section 5), with two differences: the sample is some 2e4 entries instead of 1 %, and the number of

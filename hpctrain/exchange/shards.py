@@ -157,6 +157,7 @@ class Shards:
         return (
             f"{self.kind} of {config.density:.3g} of the entries per "
             f"{'node' if config.hierarchy else 'rank'}, {config.index} and {config.values}"
+            f"{', velocities masked' if self._rule.masking else ''}"
         )
 
     def close(self) -> None:
