@@ -99,7 +99,16 @@ class Feedback:
         self._lr, self._clip, self._watch = 0.0, 1.0, True
         self._acc_sq = 0.0
         self._prepared, self._finite = False, True
-        self._cut()
+        self._grads = self._blocks_of(self._grad_N)
+        self._accs = self._blocks_of(self.acc_N)
+        self._residuals = self._blocks_of(self.residual_N)
+        self._velocities = self._blocks_of(self.velocity_N)
+        self._next_velocities = self._blocks_of(self._next_velocity_N)
+        self._params = self._blocks_of(params_N)
+        parts = [self._blocks_of(neighbour) for neighbour in neighbours]
+        self._neighbour_blocks = [
+            [part[number] for part in parts] for number in range(len(self._grads))
+        ]
 
     def begin(self, lr: float, clip: float = 1.0, *, watch: bool = True) -> None:
         """A step starts.
@@ -210,7 +219,7 @@ class Feedback:
     def commit(self, *, sent_all: bool = False) -> None:
         """The step counts: acc becomes the residual, zero where all was sent."""
         if not self._waits:
-            self.residual_N = self.residual_N[:0]
+            self.residual_N, self._residuals = self.residual_N[:0], ()
         elif sent_all or not self._rule.feedback:
             self.residual_N[:] = 0.0
             self.residual_sq = 0.0
@@ -220,9 +229,10 @@ class Feedback:
                 self.residual_N[:] = self.acc_N
             else:
                 self.residual_N, self.acc_N = self.acc_N, self.residual_N
+                self._residuals, self._accs = self._accs, self._residuals
         if self._rule.momentum:
             self.velocity_N, self._next_velocity_N = self._next_velocity_N, self.velocity_N
-        self._cut()
+            self._velocities, self._next_velocities = self._next_velocities, self._velocities
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual (N,) and velocity (N,), empty without momentum; they may alias live memory."""
@@ -233,7 +243,7 @@ class Feedback:
         """Take stored values."""
         if not self._waits:
             self.residual_N = np.zeros(self.n if residual_N.any() else 0, np.float32)
-            self._cut()
+            self._residuals = self._blocks_of(self.residual_N)
         self.residual_N[:] = residual_N[: len(self.residual_N)]
         self.residual_sq = sum(float(torch.dot(part, part)) for part in self._residuals)
         if velocity_N is not None:
@@ -242,19 +252,6 @@ class Feedback:
     @property
     def _keeps(self) -> bool:
         return self._rule.feedback and len(self.residual_N) > 0
-
-    def _cut(self) -> None:
-        """Cut all vectors into blocks, once they lie where they lie."""
-        self._grads = self._blocks_of(self._grad_N)
-        self._accs = self._blocks_of(self.acc_N)
-        self._residuals = self._blocks_of(self.residual_N)
-        self._velocities = self._blocks_of(self.velocity_N)
-        self._next_velocities = self._blocks_of(self._next_velocity_N)
-        self._params = self._blocks_of(self._params_N)
-        parts = [self._blocks_of(neighbour) for neighbour in self._neighbours]
-        self._neighbour_blocks = [
-            [part[number] for part in parts] for number in range(len(self._grads))
-        ]
 
     def _blocks_of(self, vector: np.ndarray) -> Sequence[torch.Tensor]:
         return torch.from_numpy(vector).split(self._block) if len(vector) else ()
