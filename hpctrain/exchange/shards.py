@@ -110,13 +110,13 @@ class Shards:
 
     def board(self) -> Board:
         """All that was posted; after a fence equal on a party's ranks. Local."""
-        posted = np.stack(self._boards, axis=1)
+        posted = np.array(self._boards)
         finite, residual_sq, grad_sq, _, error_sq, fresh_sq = posted.sum(axis=(0, 1))
         return Board(
             bool(finite == posted.shape[0] * posted.shape[1]),
             float(residual_sq),
             float(grad_sq),
-            posted[:, :, 3].copy(),
+            posted[:, :, 3].T,
             math.sqrt(error_sq / fresh_sq) if fresh_sq else math.nan,
         )
 
