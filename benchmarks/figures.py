@@ -173,6 +173,9 @@ def time_to_target(results: Path) -> Figure:
         row = panels[2 * number : 2 * number + 2]
         target = Target.parse(group["target"])
         shown = {n: s for n, s in group["systems"].items() if "curves" in s and "step_s" in s}
+        ours = [name for name in shown if name not in peers]
+        ours.sort(key=lambda name: shown[name].get("time_s", np.inf))
+        styles = dict(zip(ours, ("-", "--", ":", "-."), strict=False))
         for name, found in shown.items():
             for seed, curve in enumerate(found["curves"]):
                 scales = (found["step_s"], found["link_bytes_per_step"] / 1e6)
@@ -182,7 +185,7 @@ def time_to_target(results: Path) -> Figure:
                         [point[target.column] for point in curve],
                         color=colors.get(name, OURS),
                         linewidth=0.9 if name in peers else 1.6,
-                        linestyle="--" if name.endswith("no masking") else "-",
+                        linestyle=styles.get(name, "-"),
                         label=name if seed == 0 else None,
                     )
         for panel, label in zip(row, ("seconds", "MB sent per node"), strict=True):
