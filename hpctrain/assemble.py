@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from hpctrain import __version__
+from hpctrain.agreement import Agreement
 from hpctrain.clock import Clock
 from hpctrain.config import Loaded, Run
-from hpctrain.control import Control
 from hpctrain.data.loader import Loader
 from hpctrain.data.order import SampleOrder
 from hpctrain.data.partition import shards_of
@@ -31,6 +31,8 @@ from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import AppliedUpdate
 from hpctrain.place import Place, claimed
 from hpctrain.randomness import RandomState
+from hpctrain.reconcile import find_scopes, hold_probe, make_rules
+from hpctrain.replicas import Replicas
 from hpctrain.runs import environment, restore
 from hpctrain.runs.checkpoint import Checkpointer
 from hpctrain.runs.console import choose_display, find_terminal, make_console
@@ -44,6 +46,7 @@ from hpctrain.transport.abort import exit_code_of
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.launcher import launch_from_environment
 from hpctrain.transport.watchdog import Watchdog
+from hpctrain.views import Views
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         data = run.data.load(comm.node(), run.seed)
         random = RandomState(run.seed, comm.rank)
         flat = build_model(run, data, device, random, comm)
+        scopes = find_scopes(run, comm)
+        replicas = Replicas.make(comm, scopes(run.exchange.scope))
         reducers = partial(
-            make_reducer, comm=comm, device=device, stall_check_s=run.watchdog.warn_s
+            make_reducer, comm=replicas.inside, device=device, stall_check_s=run.watchdog.warn_s
         )
-        exchange = run.exchange.build(Setting(flat, comm, reducers, run.optimiser))
+        exchange = run.exchange.build(Setting(flat, replicas.inside, reducers, run.optimiser))
         # Before the watchdog: the first optimiser of a process imports for seconds.
         optimiser = AppliedUpdate() if exchange.gives == "update" else run.optimiser.build(flat)
         watchdog = Watchdog(
@@ -113,22 +118,29 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             heartbeat_s=run.watchdog.heartbeat_s,
             bucket=lambda: exchange.current,
         )
-        clock = Clock.of(run.train, len(data.train), run.batch.batch_global)
-        shards = shards_of(run.data, data.train, comm.size, run.seed)
-        order = SampleOrder(len(data.train), run.seed, comm.rank, comm.size, shards)
+        train, probe = hold_probe(run, data)
+        clock = Clock.of(run.train, len(train), run.batch.batch_global)
+        shards = shards_of(run.data, train, comm.size, run.seed)
+        order = SampleOrder(len(train), run.seed, comm.rank, comm.size, shards, replicas.ranks)
+        rules = make_rules(run, replicas, scopes, comm, flat, optimiser, data.spec, probe)
+        clock.own_pace = order.own_pace = rules.own_pace
         session = Session(
             run=run,
             comm=comm,
             device=device,
             data=data,
-            loader=Loader(data.train, order, run.batch.micro_batch, run.data.prefetch, device),
+            loader=Loader(train, order, run.batch.micro_batch, run.data.prefetch, device),
             flat=flat,
             optimiser=optimiser,
             exchange=exchange,
             policy=run.batch.build(),
             lr=run.lr,
             clock=clock,
-            control=Control(_duplicate(comm)),
+            replicas=replicas,
+            agreement=Agreement(comm, replicas, own_pace=rules.own_pace),
+            rules=rules,
+            perturbations=[r.build(flat, run.seed + replicas.mine) for r in run.regulariser],
+            views=Views(flat, replicas, comm),
             random=random,
             watchdog=watchdog,
             journal=Journal(Progress(None, "none"), comm.size, run.record.every_steps),
@@ -238,17 +250,18 @@ def header(loaded: Loaded, session: Session, threads: int, place: Place | None) 
         f"model     {run.model.kind}: {session.flat.n_params:,} parameters, {run.train.dtype}",
         f"batch     {batch_equation(run.batch.batch_global, comm.size)}",
         f"exchange  {run.exchange.kind}, {session.exchange.algorithm}"
-        if comm.size > 1
-        else "exchange  nothing to exchange: one rank",
+        if session.replicas.inside.size > 1
+        else "exchange  nothing to exchange: one rank per replica",
     ]
+    if run.sync:
+        rules = ", ".join(
+            f"{rule.kind} over {rule.scope} "
+            + (f"every {rule.every} {rule.unit}" if not rule.schedule else "by schedule")
+            for rule in run.sync
+        )
+        lines.append(f"sync      {session.replicas.count} replicas: {rules}")
     if place:
         lines.append(f"run       {place.note}")
     if session.watchdog.note and comm.size > 1:
         lines.append(f"watchdog  {session.watchdog.note}")
     return lines
-
-
-def _duplicate(comm: Communicator) -> Communicator:
-    duplicate = comm.split(0, comm.rank)
-    assert duplicate is not None
-    return duplicate

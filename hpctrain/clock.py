@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from hpctrain.settings import Train
-from hpctrain.state import State
+from hpctrain.state import Counter, Placed, State
 
 
 @dataclass
@@ -22,6 +24,15 @@ class Clock:
     total_steps: int | None
     step: int = 0
     samples: int = 0
+    own_step: int = 0
+    """Steps of this rank; `step` is their mean over ranks, where these go at their own pace."""
+    own_samples: int = 0
+    """Samples of this rank."""
+    seconds: float = 0.0
+    """Since the start of this attempt, as last heard from all ranks."""
+    own_pace: bool = False
+    """Whether ranks make unequal numbers of steps; `step` and `samples` then follow what all ranks
+    have said."""
 
     @classmethod
     def of(cls, train: Train, samples_per_epoch: int, batch_global: int) -> Clock:
@@ -55,21 +66,39 @@ class Clock:
     @property
     def samples_left(self) -> int | None:
         """Samples until the end; None when steps decide."""
-        return None if self.total_steps is not None else self.total_samples - self.samples
+        if self.total_steps is not None or self.own_pace:
+            return None
+        return self.total_samples - self.samples
 
-    def advance(self, batch_global: int) -> None:
+    def advance(self, batch_global: int, batch_local: int) -> None:
         """One step with so many samples is done. Local."""
-        self.step += 1
-        self.samples += batch_global
+        self.own_step += 1
+        self.own_samples += batch_local
+        if not self.own_pace:
+            self.step += 1
+            self.samples += batch_global
+
+    def follow(self, steps_done: float, samples_done: float, size: int) -> None:
+        """Take what all ranks have done, summed, where they go at their own pace. Local."""
+        if self.own_pace:
+            self.step, self.samples = int(steps_done) // size, int(samples_done)
 
     def state(self) -> State:
-        """Local."""
-        return State(counters={"step": self.step, "samples": self.samples})
+        """Local. At their own pace, ranks in another number go on with the mean of the old ones."""
+        counters: dict[str, Counter] = {"step": self.step, "samples": self.samples}
+        if not self.own_pace:
+            return State(counters=counters)
+        own = torch.tensor([self.own_step, self.own_samples], dtype=torch.float64)
+        return State({"own": Placed(own, "per_rank", "mean")}, counters)
 
     def load_state(self, state: State) -> None:
         """Local."""
         self.step = int(state.counters["step"] or 0)
         self.samples = int(state.counters["samples"] or 0)
+        self.own_step = self.step
+        if "own" in state.tensors:
+            own_step, own_samples = state.tensors["own"].tensor.tolist()
+            self.own_step, self.own_samples = int(own_step), int(own_samples)
 
 
 class Every:

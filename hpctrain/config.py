@@ -28,9 +28,11 @@ from hpctrain.exchange import ExchangeConfig
 from hpctrain.exchange.dense import Dense
 from hpctrain.models import ModelConfig
 from hpctrain.optimiser import OptimiserConfig, Sgd
+from hpctrain.regularise import RegulariserConfig
 from hpctrain.runs.checkpoint import CheckpointConfig
 from hpctrain.runs.record import RecordConfig
-from hpctrain.settings import Evaluate, Train, Watchdog
+from hpctrain.settings import Evaluate, TopologyConfig, Train, Watchdog
+from hpctrain.sync import SyncConfig
 from hpctrain.table import Table
 from hpctrain.toml_text import toml_value
 
@@ -63,6 +65,10 @@ class Run(Table):
     lr: LrConfig
     batch: BatchConfig = Fixed(batch_global=128)
     exchange: ExchangeConfig = Dense()
+    sync: list[SyncConfig] = []
+    """Rules that reconcile parameters, innermost scope first."""
+    topology: TopologyConfig = TopologyConfig()
+    regulariser: list[RegulariserConfig] = []
     train: Train
     evaluate: Evaluate = Evaluate()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -72,6 +78,16 @@ class Run(Table):
     @model_validator(mode="after")
     def _combinations(self) -> Run:
         self.exchange.require_fit(self.train, self.optimiser)
+        if self.sync and self.exchange.scope == "world":
+            raise ValueError(
+                "[[sync]] rules reconcile replicas, and an exchange over all ranks keeps one: set "
+                'exchange.kind = "none", or exchange.scope = "node", or drop the rules'
+            )
+        if not self.sync and self.exchange.scope != "world":
+            raise ValueError(
+                "without a [[sync]] rule the ranks would train apart for ever; add one, such as "
+                '[[sync]] kind = "average", or choose another exchange or scope'
+            )
         if self.train.autocast != "off" and self.train.device == "cpu":
             raise ValueError('train.autocast = "bfloat16" needs train.device = "cuda" or "auto"')
         return self

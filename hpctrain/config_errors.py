@@ -46,7 +46,7 @@ def explain(
         case "union_tag_not_found" | "model_type" if not isinstance(given, Mapping):
             return f"{origin}: {dotted} = {toml_value(given)}: must be a table, [{dotted}]"
         case "union_tag_not_found":
-            kinds = [_tag(model) for model in _models(root.model_fields[dotted].annotation)]
+            kinds = [_tag(model) for model in _models(root.model_fields[str(where[0])].annotation)]
             return f"{origin}: {dotted}.kind is missing (allowed: {', '.join(kinds)})"
         case "union_tag_invalid":
             tags = str(error["ctx"]["expected_tags"]).replace("'", "").split(", ")
@@ -72,20 +72,26 @@ def locate(
     """The key path of a pydantic location, without union tags, and the model that owns its key."""
     owner: type[BaseModel] | None = root
     tags: list[str] = []
+    models: list[type[BaseModel]] = []
     node: Any = tree
     path: list[str | int] = []
     for position, part in enumerate(loc):
         if part in tags and not (isinstance(node, Mapping) and part in node):
             continue  # a union tag, already used to choose `owner`
         path.append(part)
-        node = node.get(part) if isinstance(node, Mapping) else None
-        if position < len(loc) - 1 and owner is not None and part in owner.model_fields:
-            models = list(_models(owner.model_fields[str(part)].annotation))
+        if isinstance(part, int):  # one of a list of tables, whose models are known
+            node = node[part] if isinstance(node, list) and part < len(node) else None
+        else:
+            node = node.get(part) if isinstance(node, Mapping) else None
+            if position < len(loc) - 1 and owner is not None and part in owner.model_fields:
+                models = list(_models(owner.model_fields[part].annotation))
+        if position < len(loc) - 1 and models and not isinstance(node, list):
             tags = [_tag(model) for model in models]
             kind = node.get("kind") if isinstance(node, Mapping) else None
             tag = CUSTOM if isinstance(kind, str) and ":" in kind else kind
             chosen = [m for m in models if _tag(m) == tag] or models[:1]
             owner = chosen[0] if chosen else None
+            models = []
     return tuple(path), owner
 
 

@@ -22,15 +22,24 @@ class Sums:
     loss: float = 0.0
     """Sum of the losses of this step's samples."""
     correct: float = 0.0
+    samples: float = 0.0
+    """How many samples these are."""
     non_finite: float = 0.0
     """1 from a rank whose loss is inf or NaN."""
     step_s: float = 0.0
     """Cumulative up to the step before, as all below."""
     compute_s: float = 0.0
     exchange_s: float = 0.0
+    sync_s: float = 0.0
     input_s: float = 0.0
     bytes_sent_intra: float = 0.0
     bytes_sent_inter: float = 0.0
+    steps_timed: float = 0.0
+    """Steps that the seconds are of."""
+    samples_timed: float = 0.0
+    steps_done: float = 0.0
+    """Cumulative, with this step, as below."""
+    samples_done: float = 0.0
 
 
 @dataclass
@@ -41,6 +50,8 @@ class Maxima:
     """Of `runs.signals`; 0 = go on."""
     saves: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """`Checkpointer.numbers()`."""
+    seconds: float = 0.0
+    """Since the start of the run."""
 
 
 class Control:
@@ -53,13 +64,13 @@ class Control:
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self._sums = np.zeros(len(fields(Sums)), dtype=np.float64)
-        self._maxima = np.zeros(4, dtype=np.float64)
+        self._maxima = np.zeros(5, dtype=np.float64)
         self._handles: list[Handle] = []
 
     def start(self, sums: Sums, maxima: Maxima) -> None:
         """Collective. Send this rank's numbers without waiting."""
         self._sums[:] = [getattr(sums, field.name) for field in fields(Sums)]
-        self._maxima[:] = [maxima.stop_code, *maxima.saves]
+        self._maxima[:] = [maxima.stop_code, *maxima.saves, maxima.seconds]
         self._handles = [
             self._comm.iallreduce(self._sums),
             self._comm.iallreduce(self._maxima, "max"),
@@ -71,8 +82,12 @@ class Control:
         for handle in self._handles:
             handle.wait()
         self._handles = []
-        stop_code, done, failed, wanted = self._maxima.tolist()
-        return Sums(*self._sums.tolist()), Maxima(stop_code, (done, failed, wanted))
+        stop_code, done, failed, wanted, seconds = self._maxima.tolist()
+        return Sums(*self._sums.tolist()), Maxima(stop_code, (done, failed, wanted), seconds)
+
+    def test(self) -> bool:
+        """Whether `wait` would return at once. Local."""
+        return all([handle.test() for handle in self._handles])
 
     def reduce_max(self, vector: np.ndarray) -> None:
         """Collective. In-place maximum of a float64 vector, for waits outside the loop."""

@@ -121,6 +121,11 @@ def attach(
             "make it from model.parameters()"
         )
     config = exchange or Dense()
+    if config.scope != "world":
+        raise UsageError(
+            f'attach sums over all its ranks, and this exchange has scope "{config.scope}"; give '
+            "attach the communicator of those ranks, or use [[sync]] in hpctrain train"
+        )
     flat = FlatModel(model, config.comes_last)
     flat.broadcast(comm)
     if config.gives == "update":

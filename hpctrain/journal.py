@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hpctrain.clock import Clock
+from hpctrain.clock import Clock, Every
 from hpctrain.control import Sums
 from hpctrain.errors import EXIT_COMPLETE, EXIT_STOPPED
 from hpctrain.runs.checkpoint import Outcome
@@ -22,15 +21,6 @@ from hpctrain.runs.progress import Progress, Summary
 from hpctrain.runs.record import Kind, Recorder
 from hpctrain.runs.tensorboard import TensorBoard
 from hpctrain.transport.communicator import BytesSource
-
-
-@dataclass
-class _Told:
-    """Cumulative numbers as of the last step line."""
-
-    sums: Sums = field(default_factory=Sums)
-    steps: int = 0
-    samples: int = 0
 
 
 class Journal:
@@ -56,11 +46,12 @@ class Journal:
     ) -> None:
         self._progress = progress
         self._size = size
-        self._every_steps = every_steps
+        self._due = Every(every_steps)
         self._run_folder = run_folder
         self._recorder = recorder
         self._tensorboard = tensorboard
-        self._told = _Told()
+        self._told = Sums()
+        """As of the last step line."""
         self._steps = 0
         self._samples = 0
 
@@ -83,27 +74,40 @@ class Journal:
     def step(
         self,
         clock: Clock,
-        sums: Sums,
+        sums: Sums | None,
         batch_global: int,
         lr: float,
         source: BytesSource,
         exchange: dict[str, float],
+        sync: dict[str, float],
     ) -> None:
-        """A step is done. `sums` are cumulative up to the step before."""
-        if self._recorder and (
-            self._steps == 0 or clock.step % self._every_steps == 0 or clock.done
-        ):
-            self._write(
-                "step",
-                clock,
-                loss=sums.loss / batch_global,
-                accuracy=None if math.isnan(sums.correct) else sums.correct / batch_global,
-                lr=lr,
-                batch_global=batch_global,
-                bytes_source=source,
-                **exchange,
-                **self._rates(sums),
-            )
+        """A step is done.
+
+        Args:
+            clock: With the step counted.
+            sums: What all ranks said since the last time, seconds and bytes up to the step before;
+                None where nothing new was heard.
+            batch_global: Samples of the step over all ranks.
+            lr: Its step size.
+            source: Of the bytes.
+            exchange: The exchange's own numbers.
+            sync: The rules' own numbers.
+        """
+        if sums is not None:
+            due = self._due.due(clock.step) or self._steps == 0 or clock.done
+            if self._recorder and due and sums.samples:
+                self._write(
+                    "step",
+                    clock,
+                    loss=sums.loss / sums.samples,
+                    accuracy=None if math.isnan(sums.correct) else sums.correct / sums.samples,
+                    lr=lr,
+                    batch_global=batch_global,
+                    bytes_source=source,
+                    sync=sync or None,
+                    **exchange,
+                    **self._rates(sums),
+                )
         self._steps += 1
         self._samples += batch_global
         self._progress.tick(clock.step, clock.progress)
@@ -147,6 +151,7 @@ class Journal:
                 duration_s=totals.step_s / self._size,
                 compute_s=totals.compute_s / self._size,
                 exchange_s=totals.exchange_s / self._size,
+                sync_s=totals.sync_s / self._size,
                 input_s=totals.input_s / self._size,
                 bytes_sent_intra=int(totals.bytes_sent_intra),
                 bytes_sent_inter=int(totals.bytes_sent_inter),
@@ -165,17 +170,17 @@ class Journal:
 
     def _rates(self, sums: Sums) -> dict[str, float | None]:
         """Means per step since the last line, of what `sums` covers."""
-        told, self._told = self._told, _Told(sums, self._steps, self._samples)
-        steps = self._steps - told.steps
+        told, self._told = self._told, sums
+        steps = (sums.steps_timed - told.steps_timed) / self._size
         if steps == 0:
             return {}
-        names = ("step_s", "compute_s", "exchange_s", "input_s")
-        seconds = {n: (getattr(sums, n) - getattr(told.sums, n)) / steps for n in names}
+        names = ("step_s", "compute_s", "exchange_s", "sync_s", "input_s")
+        seconds = {n: (getattr(sums, n) - getattr(told, n)) / steps for n in names}
         means: dict[str, float | None] = {n: s / self._size for n, s in seconds.items()}
         for name in ("bytes_sent_intra", "bytes_sent_inter"):
-            means[name] = round((getattr(sums, name) - getattr(told.sums, name)) / steps)
+            means[name] = round((getattr(sums, name) - getattr(told, name)) / steps)
         step_s = means["step_s"]
-        samples = (self._samples - told.samples) / steps
+        samples = (sums.samples_timed - told.samples_timed) / steps
         means["samples_per_s"] = samples / step_s if step_s else None
         return means
 

@@ -11,7 +11,7 @@ The step size is not here: it comes with every `step(lr)` from the table [lr].
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -203,6 +203,8 @@ class Optimiser:
 
 class AppliedUpdate:
     """Stands in for an `Optimiser` where the exchange applies its update itself."""
+
+    vectors: ClassVar[dict[str, Tensor]] = {}
 
     def step(self, lr: float) -> None:
         """Nothing is left to do. Local."""

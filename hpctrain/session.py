@@ -8,31 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hpctrain.agreement import Agreement, Heard
 from hpctrain.batch import BatchPolicy
 from hpctrain.batch.lr import LrConfig
 from hpctrain.clock import Clock, Every
 from hpctrain.config import Run
-from hpctrain.control import Control, Maxima, Sums
-from hpctrain.data.loader import Loader
+from hpctrain.control import Maxima, Sums
+from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.spec import DataSets, Spec
+from hpctrain.errors import NonFinite
 from hpctrain.exchange import Exchange
 from hpctrain.journal import Journal
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import AppliedUpdate, Optimiser
 from hpctrain.randomness import RandomState
+from hpctrain.regularise.sam import Perturbation
+from hpctrain.replicas import Replicas
 from hpctrain.runs import signals
 from hpctrain.runs.checkpoint import Checkpointer
-from hpctrain.state import State, Stateful
+from hpctrain.state import Counter, State, Stateful
+from hpctrain.sync.rule import Moment
+from hpctrain.sync.rules import Rules
+from hpctrain.sync.trigger import Elapsed
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.watchdog import Watchdog
+from hpctrain.views import Views
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,18 @@ class Timing:
     step_s: float
     compute_s: float
     exchange_s: float
+    sync_s: float
     input_s: float
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step that is done: what this rank said of it, what its replica said, and its seconds."""
+
+    own: Sums
+    maxima: Maxima
+    replica: Heard
+    timing: Timing
 
 
 @dataclass
@@ -60,7 +80,11 @@ class Session:
     policy: BatchPolicy
     lr: LrConfig
     clock: Clock
-    control: Control
+    replicas: Replicas
+    agreement: Agreement
+    rules: Rules
+    perturbations: Sequence[Perturbation]
+    views: Views
     random: RandomState
     watchdog: Watchdog
     journal: Journal
@@ -74,6 +98,8 @@ class Session:
     def __post_init__(self) -> None:
         self._by_epochs = Every(self.run.evaluate.every_epochs)
         self._by_steps = Every(self.run.evaluate.every_steps)
+        self._remarks: set[str] = set()
+        self._began_s = time.monotonic() - self.clock.seconds
 
     @property
     def spec(self) -> Spec:
@@ -86,68 +112,111 @@ class Session:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def lr_for(self, batch_global: int) -> float:
-        """Local. The step size of the next step."""
+    def lr_for(self, batch: Batch) -> float:
+        """Local. The step size of the next step, for as many samples as one update takes."""
         return self.lr.lr_at(
-            self.clock.samples, self.clock.total_samples, self.clock.samples_per_epoch, batch_global
+            self.clock.samples,
+            self.clock.total_samples,
+            self.clock.samples_per_epoch,
+            batch.batch_global,
+            batch.batch_replica or 1,
+            getattr(self.run.exchange, "delay", 0),
         )
 
-    def vote(self, loss: float, correct: float) -> tuple[Sums, Maxima]:
+    def moment(self, lr: float, loss: float, samples: int) -> Moment:
+        """Local. The step under way, as [[sync]] rules see it."""
+        clock = self.clock
+        elapsed = Elapsed(clock.own_step + 1, clock.epoch, clock.step, clock.seconds)
+        return Moment(elapsed, lr, loss, samples)
+
+    def vote(self, loss: float, correct: float, samples: int) -> tuple[Sums, Maxima]:
         """Local. What this rank says in the step's control message."""
         sums = replace(
-            self.totals, loss=loss, correct=correct, non_finite=float(not math.isfinite(loss))
+            self.totals,
+            loss=loss,
+            correct=correct,
+            samples=samples,
+            steps_done=self.clock.own_step + 1,
+            samples_done=self.clock.own_samples + samples,
+            non_finite=float(not math.isfinite(loss)),
         )
         done, failed, wanted = self.checkpoints.numbers()
-        return sums, Maxima(self.stop.poll(self.checkpoints.save_s), (done, failed, wanted))
+        code = self.stop.poll(self.checkpoints.save_s)
+        return sums, Maxima(code, (done, failed, wanted), time.monotonic() - self._began_s)
 
-    def stop_reason(self, agreed: Maxima) -> str | None:
+    def hear(self, step: Stepped) -> Heard | None:
+        """Collective. What all ranks said since the last time; None while it is under way.
+
+        Raises:
+            NonFinite: the loss of a replica is inf or NaN and no rule mends that.
+        """
+        heard = self.agreement.hear(
+            self.clock.step, step.own, step.maxima, step.replica, self.clock.done
+        )
+        if heard is not None:
+            sums = heard.sums
+            self.clock.follow(sums.steps_done, sums.samples_done, self.comm.size)
+            self.clock.seconds = heard.maxima.seconds
+        if heard is not None and heard.sums.non_finite and not self.rules.mends:
+            raise NonFinite(
+                f"the loss of {heard.sums.non_finite:g} update(s) up to step {self.clock.step} was "
+                "inf or NaN on some rank, which left the update out. Lower lr.base, lengthen "
+                "lr.warmup_epochs or set optimiser.clip_norm; --resume auto starts again from the "
+                "last checkpoint"
+            )
+        return heard
+
+    def stop_reason(self, heard: Heard | None) -> str | None:
         """Local, equal on all ranks. Why all ranks stop after this step; None to go on."""
-        return signals.describe(int(agreed.stop_code)) if agreed.stop_code else None
+        if heard is None or not heard.maxima.stop_code:
+            return None
+        return signals.describe(int(heard.maxima.stop_code))
 
     def evaluation_due(self) -> bool:
         """Local, equal on all ranks."""
         epochs, steps = self._by_epochs.due(self.clock.epoch), self._by_steps.due(self.clock.step)
         return epochs or steps
 
-    def held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Local. This rank's contiguous share of the held-out set."""
-        n, size, rank = len(self.data.test), self.comm.size, self.comm.rank
+    def held_out_batches(self, comm: Communicator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Local. This rank's contiguous share of the held-out set, among the ranks of `comm`."""
+        n, size, rank = len(self.data.test), comm.size, comm.rank
         mine = np.arange(n * rank // size, n * (rank + 1) // size)
         for start in range(0, len(mine), self.run.evaluate.batch):
             indices = mine[start : start + self.run.evaluate.batch]
             inputs, targets = self.data.test.batch(indices, epoch=0)
             yield inputs.to(self.device), targets.to(self.device)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Collective. Evaluation mode, with float buffers averaged over ranks inside the block."""
-        own = {name: buffer.clone() for name, buffer in self.flat.buffers.items()}
-        for buffer in self.flat.buffers.values():
-            if buffer.is_floating_point():
-                mean = buffer.to("cpu", torch.float64)
-                self.comm.allreduce(mean.numpy())
-                buffer.copy_(mean / self.comm.size)
-        self.flat.module.eval()
-        try:
-            yield
-        finally:
-            self.flat.module.train()
-            for name, buffer in self.flat.buffers.items():
-                buffer.copy_(own[name])
+    def replicas_due(self) -> bool:
+        """Local, equal on all ranks. Whether this evaluation measures every replica too."""
+        wanted = {"always"} | ({"end"} if self.clock.done else set())
+        return self.replicas.count > 1 and self.run.evaluate.replicas in wanted
 
-    def record_step(self, agreed: Sums, batch_global: int, lr: float, timing: Timing) -> None:
+    def record_step(self, heard: Heard | None, batch: Batch, lr: float, timing: Timing) -> None:
         """Local. Count, write and show a step."""
         ledger = self.comm.ledger
         self.journal.step(
-            self.clock, agreed, batch_global, lr, ledger.source, self.exchange.tally()
+            self.clock,
+            None if heard is None else heard.sums,
+            batch.batch_global,
+            lr,
+            ledger.source,
+            self.exchange.tally(),
+            self.rules.tally(),
         )
+        for remark in self.rules.remarks():
+            if remark not in self._remarks:
+                self._remarks.add(remark)
+                self.journal.note(self.clock, remark)
         self.totals = Sums(
             step_s=self.totals.step_s + timing.step_s,
             compute_s=self.totals.compute_s + timing.compute_s,
             exchange_s=self.totals.exchange_s + timing.exchange_s,
+            sync_s=self.totals.sync_s + timing.sync_s,
             input_s=self.totals.input_s + timing.input_s,
             bytes_sent_intra=ledger.bytes_sent_intra,
             bytes_sent_inter=ledger.bytes_sent_inter,
+            steps_timed=self.totals.steps_timed + 1,
+            samples_timed=self.totals.samples_timed + batch.batch_local,
         )
 
     def record_evaluation(self, results: dict[str, float], eval_s: float) -> None:
@@ -157,18 +226,19 @@ class Session:
 
     def summarise(self, following: Sequence[str]) -> None:
         """Collective. Show the closing table."""
-        self.control.start(self.totals, Maxima())
-        totals, _ = self.control.wait()
+        totals = self.agreement.total(self.totals)
         self.journal.summary(self.results, totals, self.comm.ledger.source, following)
 
-    def save_if_due(self, agreed: Maxima) -> None:
+    def save_if_due(self, heard: Heard | None) -> None:
         """Local, equal on all ranks. Move the checkpoint under way on; start one that is due.
 
         Raises:
             WriteError: a save failed and `checkpoint.on_error = "stop"`.
         """
-        self.journal.checkpoint(self.clock, self.checkpoints.advance(agreed.saves))
+        if heard is not None:
+            self.journal.checkpoint(self.clock, self.checkpoints.advance(heard.maxima.saves))
         if self.checkpoints.due(self.clock.step):
+            self.rules.settle()
             self.checkpoints.save(self.clock.step, self.parts())
 
     def save_and_wait(self, *, stopped: bool) -> None:
@@ -178,21 +248,30 @@ class Session:
             WriteError: it failed, and the run was stopped or `checkpoint.on_error = "stop"`.
         """
         self.watchdog.beat(self.clock.step, "checkpoint")
+        self.agreement.drain()
+        self.rules.settle()
         outcome = self.checkpoints.finish(
-            self.clock.step, self.parts(), self.control.reduce_max, stopped=stopped
+            self.clock.step, self.parts(), self.agreement.reduce_max, stopped=stopped
         )
         self.journal.checkpoint(self.clock, outcome)
 
     def finish_save(self) -> None:
         """Collective. Wait for the save under way, if any."""
-        self.journal.checkpoint(self.clock, self.checkpoints.drain(self.control.reduce_max))
+        self.journal.checkpoint(self.clock, self.checkpoints.drain(self.agreement.reduce_max))
 
     def parts(self) -> dict[str, State]:
         """Local. The state of every component, for a checkpoint."""
-        return {name: part.state() for name, part in self._stateful().items()} | {
-            "evaluation": State(
-                counters={"by_epochs": self._by_epochs.fired, "by_steps": self._by_steps.fired}
-            )
+        parts = {name: part.state() for name, part in self._stateful().items()}
+        for name in ("model", "optimiser", "exchange", "sync"):
+            parts[name] = self.replicas.each_its_own(parts[name])
+        fired: dict[str, Counter] = {
+            "by_epochs": self._by_epochs.fired,
+            "by_steps": self._by_steps.fired,
+        }
+        of_rank = " ".join(map(str, self.replicas.of_rank))
+        return parts | {
+            "evaluation": State(counters=fired),
+            "replicas": State(counters={"of_rank": of_rank}),
         }
 
     def load(self, parts: dict[str, State]) -> None:
@@ -214,6 +293,7 @@ class Session:
             "optimiser": self.optimiser,
             "order": self.loader,
             "exchange": self.exchange,
+            "sync": self.rules,
             "batch": self.policy,
             "random": self.random,
         }

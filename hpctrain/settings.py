@@ -39,6 +39,14 @@ class Train(Table):
         return self
 
 
+class TopologyConfig(Table):
+    """[topology]: groups of ranks, where they are not nodes."""
+
+    groups: list[list[int]] | str = "node"
+    """The scope "group": "node", "switch", "world", "size:N" (N consecutive ranks each), or lists
+    of ranks that hold every rank once."""
+
+
 class Evaluate(Table):
     """When the held-out set is measured; always once more at the end."""
 
@@ -48,6 +56,9 @@ class Evaluate(Table):
     """Evaluate each time so many steps have passed, also."""
     batch: int = Field(default=250, ge=1)
     """Samples per forward pass and rank."""
+    replicas: Literal["never", "end", "always"] = "end"
+    """When every replica is measured beside their average ([[sync]] rules); each measures the whole
+    held-out set."""
 
 
 class Watchdog(Table):

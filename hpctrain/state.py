@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-Placement = Literal["replicated", "per_rank", "shard", "pieces"]
-"""replicated: equal on all ranks; per_rank: each rank its own; shard: contiguous pieces, in rank
-order, of one flat vector; pieces: see `Pieces`."""
+Placement = Literal["replicated", "replica", "per_rank", "shard", "pieces"]
+"""replicated: equal on all ranks; replica: equal on the ranks of one replica, written by the first
+of them; per_rank: each rank its own; shard: contiguous pieces, in rank order, of one flat vector;
+pieces: see `Pieces`."""
 
 Resize = Literal["keep", "sum", "mean", "reset"]
 """What another number of ranks does.
@@ -24,7 +25,7 @@ keep: `replicated` and `shard` only; the value is the same whole vector (a shard
 sum: new rank r takes the sum of the old ranks congruent to r modulo the new number of ranks
      (zeros when there are none), so that the sum over ranks is conserved. Of `pieces`, the same
      with parties in place of ranks.
-mean: every new rank takes the mean over the old ranks.
+mean: every new rank takes the mean over the old ranks, or of `replica` over the old replicas.
 reset: the tensor is left out of the loaded state; the component starts it afresh.
 """
 
@@ -89,6 +90,8 @@ class Placed:
     resize: Resize = "keep"
     pieces: Pieces | None = None
     """With placement "pieces"."""
+    owner: int | None = None
+    """With placement "replica": the rank that writes it."""
 
     def __post_init__(self) -> None:
         if (self.placement == "pieces") != (self.pieces is not None):
@@ -97,6 +100,8 @@ class Placed:
             raise ValueError(f"pieces take resize = sum; got {self.resize}")
         if self.placement == "per_rank" and self.resize == "keep":
             raise ValueError("a per_rank tensor needs resize = sum, mean or reset; got keep")
+        if self.placement == "replica" and self.resize not in ("mean", "reset"):
+            raise ValueError(f"a replica's tensor needs resize = mean or reset; got {self.resize}")
 
 
 @dataclass

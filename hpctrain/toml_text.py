@@ -35,6 +35,10 @@ def to_toml(run: Table) -> str:
         if isinstance(value, dict):
             body = [f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()]
             tables.append("\n".join([f"[{key}]", *body]))
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for item in value:
+                body = [f"{toml_key(k)} = {toml_value(v)}" for k, v in item.items()]
+                tables.append("\n".join([f"[[{key}]]", *body]))
         else:
             top.append(f"{toml_key(key)} = {toml_value(value)}")
     return "\n\n".join(["\n".join(top), *tables]) + "\n"

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import resource
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hpctrain.control import Maxima, Sums
 from hpctrain.data.loader import Batch
 from hpctrain.errors import NonFinite
 from hpctrain.models.loss import per_sample_loss
-from hpctrain.session import Session, Timing
+from hpctrain.session import Session, Stepped, Timing
+from hpctrain.transport.communicator import Communicator
 
 
 def run_training(session: Session) -> str | None:
@@ -37,23 +38,24 @@ def run_training(session: Session) -> str | None:
         began = time.perf_counter()
         batch_global = session.policy.decide(session.clock.samples)
         batch = session.loader.next(batch_global, session.clock.samples_left)
-        lr = session.lr_for(batch.batch_global)
-        sums, maxima, timing = train_step(session, batch, lr, began)
-        session.clock.advance(batch.batch_global)
-        session.record_step(sums, batch.batch_global, lr, timing)
-        if reason := session.stop_reason(maxima):
+        lr = session.lr_for(batch)
+        step = train_step(session, batch, lr, began)
+        session.clock.advance(batch.batch_global, batch.batch_local)
+        heard = session.hear(step)
+        session.record_step(heard, batch, lr, step.timing)
+        if reason := session.stop_reason(heard):
             session.save_and_wait(stopped=True)
             return reason
-        session.save_if_due(maxima)
+        session.save_if_due(heard)
     evaluate(session)
     session.save_and_wait(stopped=False)
     return None
 
 
-def train_step(
-    session: Session, batch: Batch, lr: float, began: float
-) -> tuple[Sums, Maxima, Timing]:
+def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepped:
     """Per step. Collective. One optimiser update from this rank's share of the global batch.
+
+    Collective over the replica, and over the members of each [[sync]] rule that is due.
 
     Args:
         session: The run.
@@ -62,13 +64,15 @@ def train_step(
         began: `time.perf_counter()` before the batch was asked for.
 
     Returns:
-        What all ranks said, reduced, and this rank's seconds.
+        What this rank and its replica said, and this rank's seconds.
 
     Raises:
-        NonFinite: on all ranks, before the update.
+        NonFinite: on all ranks, before the update, where all ranks are one replica.
     """
     fetched = time.perf_counter()
     session.flat.zero_grad()
+    for perturbation in session.perturbations:
+        perturbation.perturb(session.clock.own_step, partial(gradient, session, batch))
     losses: list[Tensor] = []
     if not batch.micro_batches:
         session.exchange.arm(lr)
@@ -76,36 +80,50 @@ def train_step(
         session.watchdog.beat(session.clock.step, "compute")
         if position == len(batch.micro_batches):
             session.exchange.arm(lr)
-        losses.append(backward(session, inputs, targets, batch.batch_global))
+        losses.append(backward(session, inputs, targets, batch.batch_replica))
+    for perturbation in reversed(session.perturbations):
+        perturbation.restore()
     loss, correct = torch.stack(losses).sum(0).tolist() if losses else (0.0, 0.0)
     computed = time.perf_counter()
     session.watchdog.beat(session.clock.step, "exchange")
-    session.control.start(*session.vote(loss, correct))
+    said = session.vote(loss, correct, batch.batch_local)
+    session.agreement.start(*said)
     finite = session.exchange.finish()
-    sums, maxima = session.control.wait()
-    finite = finite and not sums.non_finite
+    replica = session.agreement.wait()
+    finite = finite and not replica.sums.non_finite
     session.exchange.settle(keep=finite)
-    if not finite:
+    if not finite and session.agreement.in_step:
         refuse_update(session, not math.isfinite(loss))
     exchanged = time.perf_counter()
-    session.optimiser.step(lr)
+    session.watchdog.beat(session.clock.step, "sync")
+    moment = session.moment(lr, loss, batch.batch_local)
+    session.rules.before_update(moment)
+    mixed = time.perf_counter()
+    if finite and batch.batch_replica and session.exchange.ready:
+        session.optimiser.step(lr)
+    updated = time.perf_counter()
+    session.rules.after_update(moment)
     ended = time.perf_counter()
-    return (
-        sums,
-        maxima,
-        Timing(
-            step_s=ended - began,
-            compute_s=computed - fetched + ended - exchanged,
-            exchange_s=exchanged - computed,
-            input_s=fetched - began,
-        ),
+    timing = Timing(
+        step_s=ended - began,
+        compute_s=computed - fetched + updated - mixed,
+        exchange_s=exchanged - computed,
+        sync_s=mixed - exchanged + ended - updated,
+        input_s=fetched - began,
     )
+    return Stepped(*said, replica, timing)
 
 
-def backward(session: Session, inputs: Tensor, targets: Tensor, batch_global: int) -> Tensor:
+def gradient(session: Session, batch: Batch) -> None:
+    """Local. Add the gradient of this rank's share of a step to the flat gradient."""
+    for inputs, targets in batch.micro_batches:
+        backward(session, inputs, targets, batch.batch_replica)
+
+
+def backward(session: Session, inputs: Tensor, targets: Tensor, batch_replica: int) -> Tensor:
     """Per micro-batch. Local, but the last one of a step starts the exchange of its gradients.
 
-    Adds the gradient of (sum of this micro-batch's losses) / batch_global to the flat gradient.
+    Adds the gradient of (sum of this micro-batch's losses) / batch_replica to the flat gradient.
 
     Returns:
         (2,): sum of losses and sum of correctness, detached.
@@ -113,7 +131,7 @@ def backward(session: Session, inputs: Tensor, targets: Tensor, batch_global: in
     with session.autocast():
         loss_B, correct_B = per_sample_loss(session.flat.module, session.spec, inputs, targets)
     loss = loss_B.sum()
-    (loss / batch_global).backward()
+    (loss / batch_replica).backward()
     return torch.stack([loss.detach(), correct_B.sum()]).double()
 
 
@@ -121,21 +139,31 @@ def backward(session: Session, inputs: Tensor, targets: Tensor, batch_global: in
 def evaluate(session: Session) -> None:
     """Collective. Record mean loss and accuracy over the held-out set, each rank its share of it.
 
-    Leaves no trace in the training state. Float buffers (running statistics of batch normalisation)
-    are averaged over ranks meanwhile, since every rank has seen other samples.
+    Leaves no trace in the training state. With several replicas their average is measured, and
+    each of them where `evaluate.replicas` asks for it.
     """
     began = time.perf_counter()
+    session.rules.settle()
+    with session.views.average():
+        results = measure(session, session.comm)
+    if session.replicas_due():
+        with session.views.own():
+            own = measure(session, session.replicas.inside)
+        results |= session.views.spread(own, session.rules.leader)
+    session.record_evaluation(results, time.perf_counter() - began)
+
+
+def measure(session: Session, comm: Communicator) -> dict[str, float]:
+    """Collective over `comm`. Loss and accuracy of the present parameters on the held-out set."""
     sums = torch.zeros(2, dtype=torch.float64)
-    with session.evaluating():
-        for inputs, targets in session.held_out_batches():
-            session.watchdog.beat(session.clock.step, "evaluate")
-            with session.autocast():
-                losses = per_sample_loss(session.flat.module, session.spec, inputs, targets)
-            sums += torch.stack([part.sum() for part in losses]).to("cpu", torch.float64)
-    session.comm.allreduce(sums.numpy())
+    for inputs, targets in session.held_out_batches(comm):
+        session.watchdog.beat(session.clock.step, "evaluate")
+        with session.autocast():
+            losses = per_sample_loss(session.flat.module, session.spec, inputs, targets)
+        sums += torch.stack([part.sum() for part in losses]).to("cpu", torch.float64)
+    comm.allreduce(sums.numpy())
     loss, correct = (sums / len(session.data.test)).tolist()
-    accuracy = {} if math.isnan(correct) else {"accuracy": correct}
-    session.record_evaluation({"loss": loss} | accuracy, time.perf_counter() - began)
+    return {"loss": loss} | ({} if math.isnan(correct) else {"accuracy": correct})
 
 
 def refuse_update(session: Session, mine: bool) -> None:
@@ -144,7 +172,7 @@ def refuse_update(session: Session, mine: bool) -> None:
     Raises:
         NonFinite: always, equal on all ranks.
     """
-    ranks = session.control.ranks_with(mine)
+    ranks = session.agreement.ranks_with(mine)
     session.finish_save()
     what = f"the loss of step {session.clock.step} is inf or NaN on rank(s) {ranks}"
     if not ranks:
@@ -160,8 +188,7 @@ def rehearse(session: Session) -> list[str]:
     """Collective. One gradient without an update or a file; what memory it takes, in words."""
     batch_global = session.policy.decide(session.clock.samples)
     batch = session.loader.next(batch_global, session.clock.samples_left)
-    for inputs, targets in batch.micro_batches:
-        backward(session, inputs, targets, batch.batch_global)
+    gradient(session, batch)
     flat_bytes = session.flat.n_params * session.flat.params_P.element_size()
     state_bytes = sum(
         placed.tensor.numel() * placed.tensor.element_size()

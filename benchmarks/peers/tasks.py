@@ -131,6 +131,11 @@ def topk(density: float, *, masking: bool = True, **more: Any) -> System:
     return System("hpctrain", tables={"exchange": table})
 
 
+def replicas(*rules: Mapping[str, Any]) -> System:
+    """hpctrain's ranks on their own, reconciled by rules."""
+    return System("hpctrain", tables={"exchange": {"kind": "none"}, "sync": list(rules)})
+
+
 SYSTEMS = {
     DENSE: System("horovod", linear=True),
     "Horovod float16": System("horovod", ("--compression", "fp16"), steps_of=DENSE),
@@ -163,5 +168,20 @@ SYSTEMS = {
     "hpctrain powersgd-2": System(
         "hpctrain", tables={"exchange": {"kind": "powersgd", "matrix_rank": 2}}
     ),
+    **{
+        f"hpctrain local SGD, every {every}": replicas({"kind": "average", "every": every})
+        for every in (4, 16, 64)
+    },
+    **{
+        f"hpctrain Leader SGD, every {every}, pull {pull}": replicas(
+            {"kind": "leader", "every": every, "pull": pull}
+        )
+        for every, pull in ((4, 0.5), (16, 0.5), (16, 1.0), (64, 0.5))
+    },
+    **{
+        f"hpctrain EASGD, every {every}": replicas({"kind": "elastic", "every": every})
+        for every in (4, 16)
+    },
+    "hpctrain gossip, one peer": replicas({"kind": "gossip"}),
 }
 """A name in a log stands for one definition: another definition is another run."""

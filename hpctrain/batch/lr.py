@@ -2,6 +2,8 @@
 
     lr = base * (batch_global / reference_batch)^p * warm-up * schedule
     p: kind = "none" 0, "linear" 1, "sqrt" 1/2
+    kind = "stich": lr = base * (1 + M / reference_batch) / (1 + M / batch + delay) instead, with
+    M = critical_batch and delay = exchange.delay: the same as "linear" far below M, flat above it
     warm-up:   min(1, (samples_seen + batch_global) / warm-up samples); 1 without warm-up
     constant:  1
     cosine:    f + (1 - f) * (1 + cos(pi * t)) / 2, f = final_fraction, t running from 0 to 1
@@ -14,7 +16,9 @@ that the first step is not lost.
 
 Source: Goyal et al. 2017, arXiv 1706.02677, section 2.1 (linear rule, warm-up; here warm-up starts
 at zero, not at the reference rate); Krizhevsky 2014, arXiv 1404.5997 (square root rule); Loshchilov
-and Hutter 2016, arXiv 1608.03983, equation 5 (cosine, without restarts).
+and Hutter 2016, arXiv 1608.03983, equation 5 (cosine, without restarts); Stich, Mohtashami, Jaggi
+2021, arXiv 2103.02351: step sizes up to B / (L (B + M)) for batches and 1 / (L (1 + M + delay)) for
+delays, put together as one rule relative to a tuned step size.
 """
 
 from __future__ import annotations
@@ -26,19 +30,21 @@ from pydantic import Field, model_validator
 
 from hpctrain.table import Table
 
-_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
+_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5, "stich": 0.0}
 
 
 class LrConfig(Table):
     """[lr]: the step size of every step."""
 
-    kind: Literal["none", "linear", "sqrt"] = "none"
-    """How the step size follows `batch_global`: not at all, in proportion, or as its root (usual
-    with AdamW)."""
+    kind: Literal["none", "linear", "sqrt", "stich"] = "none"
+    """How the step size follows `batch_global`: not at all, in proportion, as its root (usual with
+    AdamW), or by Stich's rule for a batch and a delay."""
     base: float = Field(gt=0.0)
     """The largest step size, for a batch of `reference_batch`."""
     reference_batch: int | None = Field(default=None, ge=1)
-    """The batch_global for which `base` was chosen; kind = "linear" and "sqrt" need it."""
+    """The batch_global for which `base` was chosen; all kinds but "none" need it."""
+    critical_batch: float | None = Field(default=None, gt=0.0)
+    """For kind = "stich": the batch (and delay) beyond which more of it gains nothing."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
     """How the step size falls after warm-up."""
     warmup_epochs: float = Field(default=0.0, ge=0.0)
@@ -64,6 +70,8 @@ class LrConfig(Table):
                 f'kind = "{self.kind}" needs reference_batch, the batch_global for '
                 "which base was chosen"
             )
+        if (self.kind == "stich") != (self.critical_batch is not None):
+            raise ValueError('kind = "stich" and critical_batch belong together')
         if self.warmup_epochs and self.warmup_samples:
             raise ValueError("give warmup_epochs or warmup_samples, not both")
         if self.final_fraction and self.schedule != "cosine":
@@ -85,7 +93,13 @@ class LrConfig(Table):
         return self
 
     def lr_at(
-        self, samples_seen: int, total_samples: int, samples_per_epoch: int, batch_global: int
+        self,
+        samples_seen: int,
+        total_samples: int,
+        samples_per_epoch: int,
+        batch_global: int,
+        batch_update: int | None = None,
+        delay: int = 0,
     ) -> float:
         """The step size of the next step. Local, pure.
 
@@ -93,7 +107,10 @@ class LrConfig(Table):
             samples_seen: Samples, over all ranks, of the steps before this one.
             total_samples: Samples of the whole run.
             samples_per_epoch: Size of the training set.
-            batch_global: Samples of this step.
+            batch_global: Samples of this step, over all ranks.
+            batch_update: Samples whose mean gradient one update takes, where that is not all of
+                them (`[[sync]]`); the scaling goes by it.
+            delay: Steps between taking and applying a gradient.
         """
         warmup = self.warmup_samples or self.warmup_epochs * samples_per_epoch
         rising = min(1.0, (samples_seen + batch_global) / warmup) if warmup else 1.0
@@ -106,5 +123,14 @@ class LrConfig(Table):
         elif self.schedule == "step":
             passed = sum(samples_seen >= epoch * samples_per_epoch for epoch in self.milestones)
             falling = self.gamma**passed
-        scale = (batch_global / (self.reference_batch or batch_global)) ** _POWER[self.kind]
+        batch_update = batch_update or batch_global
+        if self.kind == "stich":
+            assert self.critical_batch is not None
+            assert self.reference_batch is not None
+            critical = self.critical_batch
+            slowed = 1.0 + critical / batch_update + delay
+            return float(
+                self.base * (1.0 + critical / self.reference_batch) / slowed * rising * falling
+            )
+        scale = (batch_update / (self.reference_batch or batch_update)) ** _POWER[self.kind]
         return float(self.base * scale * rising * falling)

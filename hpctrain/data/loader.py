@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ class Batch:
     epoch: int
     batch_global: int
     """True number of samples over all ranks."""
+    batch_replica: int
+    """The same over the ranks of this rank's replica; may be 0."""
     batch_local: int
     """Samples on this rank; may be 0."""
     micro_batches: list[tuple[Tensor, Tensor]]
@@ -141,7 +143,14 @@ class Loader:
                 inputs, targets = inputs.pin_memory(), targets.pin_memory()
             size = self._micro_batch or count
             micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
-        return Batch(mine.epoch, mine.batch_global, count, micro_batches, mine.starts_epoch)
+        return Batch(
+            mine.epoch,
+            mine.batch_global,
+            mine.batch_replica,
+            count,
+            micro_batches,
+            mine.starts_epoch,
+        )
 
     def _to_device(self, batch: Batch) -> Batch:
         moved = [
@@ -151,4 +160,4 @@ class Loader:
             )
             for inputs, targets in batch.micro_batches
         ]
-        return Batch(batch.epoch, batch.batch_global, batch.batch_local, moved, batch.starts_epoch)
+        return replace(batch, micro_batches=moved)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
+import torch
 
 from hpctrain.data.seeding import Purpose, generator
 from hpctrain.errors import ConfigError
-from hpctrain.state import Counter, State
+from hpctrain.state import Counter, Placed, State
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Slice:
     """Sample numbers of this rank; may be empty."""
     batch_global: int
     """True number of samples over all ranks."""
+    batch_replica: int
+    """The same over the ranks of this rank's replica."""
     starts_epoch: bool
 
 
@@ -66,6 +69,7 @@ class SampleOrder:
         rank, size: this rank and the number of ranks.
         shards: each rank's own sample numbers (see `partition`), every sample in exactly one;
             None = iid.
+        replica: the ranks whose gradients are summed with this rank's; None = all.
 
     Raises:
         ConfigError: there are no samples, or not one shard per rank.
@@ -78,6 +82,7 @@ class SampleOrder:
         rank: int,
         size: int,
         shards: Sequence[np.ndarray] | None = None,
+        replica: Sequence[int] | None = None,
     ) -> None:
         if n_samples < 1:
             raise ConfigError("the training set has no samples; raise data.limit_train or add data")
@@ -85,7 +90,11 @@ class SampleOrder:
             raise ConfigError(f"{len(shards)} shards for {size} ranks; make one shard per rank")
         self.n_samples = n_samples
         self.position = Position()
+        self.own_pace = False
+        """Whether ranks stand at different places; a checkpoint then holds each rank's. Others in
+        number all go on where rank 0 stood."""
         self._seed, self._rank, self._size = seed, rank, size
+        self._replica = range(size) if replica is None else replica
         self._counts_P: np.ndarray | None = None
         self._end = n_samples
         self._own = np.empty(0, np.uint32)
@@ -151,22 +160,25 @@ class SampleOrder:
         epoch, start, stop = step.start.epoch, step.start.cursor, step.stop
         shuffled = self._shuffle(epoch)
         if self._counts_P is None:
-            count = stop - start
-            first = start + count * self._rank // self._size
-            last = start + count * (self._rank + 1) // self._size
+            cuts_P = start + (stop - start) * np.arange(self._size + 1) // self._size
+            firsts_P, lasts_P = cuts_P[:-1], cuts_P[1:]
         else:
-            first, last = (int(self._passed_P(cursor)[self._rank]) for cursor in (start, stop))
-        return Slice(epoch, shuffled[first:last], step.batch_global, step.starts_epoch)
+            firsts_P, lasts_P = self._passed_P(start), self._passed_P(stop)
+        return Slice(
+            epoch,
+            shuffled[firsts_P[self._rank] : lasts_P[self._rank]],
+            step.batch_global,
+            int(sum(lasts_P[rank] - firsts_P[rank] for rank in self._replica)),
+            step.starts_epoch,
+        )
 
     def state(self) -> State:
         """Where the order stands. Local."""
-        return State(
-            counters={
-                "epoch": self.position.epoch,
-                "cursor": self.position.cursor,
-                **self._identity(),
-            }
-        )
+        epoch, cursor = self.position.epoch, self.position.cursor
+        counters = {"epoch": epoch, "cursor": cursor, **self._identity()}
+        if not self.own_pace:
+            return State(counters=counters)
+        return State({"own": Placed(torch.tensor([epoch, cursor]), "per_rank", "reset")}, counters)
 
     def load_state(self, state: State) -> None:
         """Go to where another run's order stood. Local. iid orders fit any number of ranks.
@@ -179,6 +191,8 @@ class SampleOrder:
             if given[name] != mine:
                 raise ConfigError(_mismatch(name, given[name], mine))
         self.position = Position(int(given["epoch"] or 0), int(given["cursor"] or 0))
+        if "own" in state.tensors:
+            self.position = Position(*state.tensors["own"].tensor.tolist())
 
     def _identity(self) -> dict[str, Counter]:
         sharded = self._counts_P is not None

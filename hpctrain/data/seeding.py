@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     SHIFT = 6
     TEACHER = 7
     EXAMPLES = 8
+    PROBE = 9
 
 
 def generator(purpose: Purpose, *key: int) -> np.random.Generator:

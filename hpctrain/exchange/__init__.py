@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Discriminator, Tag
 
 from hpctrain.exchange.auto import Auto
+from hpctrain.exchange.delayed import Delayed
 from hpctrain.exchange.dense import Dense
+from hpctrain.exchange.none import NoExchange
 from hpctrain.exchange.powersgd import PowerSgd
 from hpctrain.exchange.quantise import Quantise
 from hpctrain.exchange.topk import Topk
@@ -24,7 +26,9 @@ ExchangeConfig = Annotated[
     | Annotated[Topk, Tag("topk")]
     | Annotated[Auto, Tag("auto")]
     | Annotated[PowerSgd, Tag("powersgd")]
-    | Annotated[Quantise, Tag("quantise")],
+    | Annotated[Quantise, Tag("quantise")]
+    | Annotated[Delayed, Tag("delayed")]
+    | Annotated[NoExchange, Tag("none")],
     Discriminator(_kind),
 ]
 """The choices of `exchange.kind`. A new exchange is one more member of this union."""
@@ -43,6 +47,11 @@ class Exchange(Protocol):
     """What moves the entries, for people."""
     bucket_names: list[str]
     """One per bucket, for messages about a stall."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to apply after this step's `settle`. Local."""
+        ...
 
     @property
     def current(self) -> int:

@@ -24,15 +24,15 @@ from hpctrain.errors import ConfigError
 from hpctrain.exchange.buckets import Bucket, make_buckets
 from hpctrain.exchange.ready import ReadyBuckets
 from hpctrain.exchange.setting import Setting
+from hpctrain.exchange.table import ExchangeTable
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import OptimiserConfig
 from hpctrain.settings import Train
 from hpctrain.state import State
-from hpctrain.table import Table
 from hpctrain.transport.communicator import DenseReducer
 
 
-class Dense(Table):
+class Dense(ExchangeTable):
     """Settings of the dense exchange."""
 
     kind: Literal["dense"] = "dense"
@@ -62,6 +62,11 @@ class Dense(Table):
                 f'exchange.wire_dtype = "{self.wire_dtype}" would round train.dtype = "float64"; '
                 'use "native"'
             )
+        if self.dense_backend == "horovod" and self.scope != "world":
+            raise ValueError(
+                f'exchange.scope = "{self.scope}" sums over some of the ranks and Horovod over all '
+                'of them; set exchange.dense_backend = "mpi"'
+            )
         if self.dense_backend == "nccl" and train.device == "cpu":
             raise ValueError(
                 'exchange.dense_backend = "nccl" moves GPU memory, but train.device = "cpu"; '
@@ -85,6 +90,7 @@ class DenseExchange:
     """
 
     gives: Literal["gradient", "update"] = "gradient"
+    ready = True
 
     def __init__(
         self, flat: FlatModel, buckets: list[Bucket], reducer: DenseReducer | None

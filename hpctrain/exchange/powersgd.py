@@ -54,18 +54,18 @@ from hpctrain.exchange.parts import (
     take_back,
 )
 from hpctrain.exchange.setting import Setting
+from hpctrain.exchange.table import ExchangeTable
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import OptimiserConfig
 from hpctrain.settings import Train
 from hpctrain.state import Placed, State
-from hpctrain.table import Table
 from hpctrain.transport.communicator import Communicator
 
 _HEADER = 2
 """Of the first sum: how many ranks saw inf or NaN, and the squares of their residuals."""
 
 
-class PowerSgd(Table):
+class PowerSgd(ExchangeTable):
     """[exchange] kind = "powersgd": low-rank factors of every weight matrix."""
 
     gives: ClassVar[Literal["gradient"]] = "gradient"
@@ -98,6 +98,7 @@ class PowerSgdExchange:
     """Runs PowerSGD for one float32 model, over a communicator of its own."""
 
     gives: Literal["gradient", "update"] = "gradient"
+    ready = True
 
     def __init__(self, config: PowerSgd, flat: FlatModel, comm: Communicator) -> None:
         self.bucket_names = ["dense parameters and P factors", "Q factors"]

@@ -49,18 +49,18 @@ from hpctrain.exchange.parts import (
     take_back,
 )
 from hpctrain.exchange.setting import Setting
+from hpctrain.exchange.table import ExchangeTable
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import OptimiserConfig
 from hpctrain.settings import Train
 from hpctrain.state import Counter, Placed, State
-from hpctrain.table import Table
 from hpctrain.transport.communicator import Communicator, Handle
 
 _HEADER = 2
 """Of the dense sum: how many ranks saw inf or NaN, and the squares of their residuals."""
 
 
-class Quantise(Table):
+class Quantise(ExchangeTable):
     """[exchange] kind = "quantise": few bits per entry of the gradient."""
 
     gives: ClassVar[Literal["gradient"]] = "gradient"
@@ -102,6 +102,7 @@ class QuantiseExchange:
     """Runs the quantised exchange of one float32 model, over a communicator of its own."""
 
     gives: Literal["gradient", "update"] = "gradient"
+    ready = True
 
     def __init__(self, config: Quantise, flat: FlatModel, comm: Communicator) -> None:
         self.bucket_names = ["dense parameters", "quantised parameters"]

@@ -26,15 +26,15 @@ from hpctrain.compress.scan import Kernel
 from hpctrain.compress.wire import Coding
 from hpctrain.exchange.setting import Setting
 from hpctrain.exchange.switch import Switch
+from hpctrain.exchange.table import ExchangeTable
 from hpctrain.exchange.topk_exchange import TopkExchange
 from hpctrain.exchange.tuned import FIRST_STAGE, Tuned
 from hpctrain.optimiser import OptimiserConfig
 from hpctrain.settings import Train
-from hpctrain.table import Table
 from hpctrain.transport.communicator import Communicator
 
 
-class TopkSettings(Table):
+class TopkSettings(ExchangeTable):
     """What `topk` and `auto` have in common."""
 
     density: float = Field(default=0.01, gt=0.0, le=1.0)

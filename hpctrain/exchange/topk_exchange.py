@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -49,7 +49,7 @@ class TopkExchange:
     """
 
     def __init__(self, config: TopkSettings, setting: Setting) -> None:
-        self.gives: Literal["gradient", "update"] = config.gives
+        self.gives, self.ready = config.gives, True
         self._config, self._comm, self._flat = config, setting.comm, setting.flat
         flat = setting.flat
         if flat.params_P.dtype != torch.float32:

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from hpctrain.clock import Every
 from hpctrain.errors import WriteError
 from hpctrain.runs import manifest
 from hpctrain.runs.jobs import Jobs
@@ -114,6 +115,8 @@ class Checkpointer:
         self._jobs = Jobs(rank)
         self._saves = 0
         self._overdue = False
+        self._by_step = Every(config.every_steps)
+        self._by_step.due(saved_step or 0)
         self._last_save_s = clock()
         self._wanted = 0.0
         self._failure = ""
@@ -151,8 +154,7 @@ class Checkpointer:
 
         A save that comes due while the previous one is under way is made as soon as that has ended.
         """
-        by_step = self.config.every_steps is not None and step % self.config.every_steps == 0
-        if by_step or self._wanted == self._saves + 1:
+        if self._by_step.due(step) or self._wanted == self._saves + 1:
             if self.phase != "idle" and not self._overdue:
                 log.info("checkpoint of step %d waits: step %d is under way", step, self._step)
             self._overdue = True

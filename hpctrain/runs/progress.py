@@ -29,6 +29,7 @@ class Summary:
     """Of the steps alone, without evaluations."""
     compute_s: float
     exchange_s: float
+    sync_s: float
     input_s: float
     bytes_sent_intra: int | None
     bytes_sent_inter: int | None
@@ -179,6 +180,7 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
         parts = {
             "compute": summary.compute_s,
             "exchange": summary.exchange_s,
+            **({"sync": summary.sync_s} if summary.sync_s >= 1e-3 * duration_s else {}),
             "input": summary.input_s,
         }
         parts["other"] = max(duration_s - sum(parts.values()), 0.0)

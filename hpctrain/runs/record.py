@@ -41,13 +41,18 @@ _PER_STEP = "mean per step since the previous step line"
 FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
     "step": {
         **_ALWAYS,
-        "loss": ("", "mean training loss of this step's global batch, before its update"),
+        "loss": (
+            "",
+            "mean training loss of this step's global batch, before its update; with "
+            "[[sync]] over the steps since the previous line, each replica at its own",
+        ),
         "accuracy": ("", "fraction of this step's global batch that was classified correctly"),
         "lr": ("", "step size of this step"),
         "batch_global": ("samples", "samples of this step over all ranks"),
         "step_s": ("s", f"duration, {_PER_STEP}"),
         "compute_s": ("s", f"forward, backward and update, mean over ranks, {_PER_STEP}"),
         "exchange_s": ("s", f"waiting for the exchange, mean over ranks, {_PER_STEP}"),
+        "sync_s": ("s", f"reconciling parameters ([[sync]]), mean over ranks, {_PER_STEP}"),
         "input_s": ("s", f"waiting for data, mean over ranks, {_PER_STEP}"),
         "bytes_sent_intra": ("bytes", f"sent inside nodes, sum over ranks, {_PER_STEP}"),
         "bytes_sent_inter": ("bytes", f"sent between nodes, sum over ranks, {_PER_STEP}"),
@@ -57,12 +62,20 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "xi": ("", "of Alistarh et al. 2018, assumption 1, on the steps where it is measured"),
         "retry_share": ("", "share of the time spent trying the slower form (exchange auto)"),
         "bytes_formula": ("bytes", "that a node sends per step by the exchange's formula"),
+        "sync": ("", "numbers of each [[sync]] rule's last meeting, RULE.NAME (docs/sync.md)"),
         "samples_per_s": ("samples/s", "over all ranks, since the previous step line"),
     },
     "eval": {
         **_ALWAYS,
-        "loss": ("", "mean loss over the held-out set"),
-        "accuracy": ("", "fraction of the held-out set that was classified correctly"),
+        "loss": ("", "mean loss over the held-out set, at the average of all replicas"),
+        "accuracy": ("", "fraction of it that was classified correctly, at that average"),
+        **{
+            f"replica_{what}_{which}": ("", f"{which} over replicas, each at its own parameters")
+            for what in ("loss", "accuracy")
+            for which in ("min", "mean", "max")
+        },
+        "leader_loss": ("", "of the replica that leads"),
+        "leader_accuracy": ("", "of the replica that leads"),
         "eval_s": ("s", "duration of the evaluation"),
     },
     "checkpoint": {

@@ -20,7 +20,8 @@ def load(
 ) -> dict[str, State]:
     """The states of all parts for `rank` of `size` ranks. Local: every rank reads for itself.
 
-    `own` are the parts as they start afresh: which pieces of flat vectors this rank has now.
+    `own` are the parts as they start afresh: which pieces of flat vectors this rank has now, and in
+    the counters of "replicas" which ranks hold equal parameters.
 
     `folder` is a checkpoint that rank 0 has verified (`manifest.latest`). At the number of ranks
     that wrote it every tensor comes back bitwise equal; at another number, by its resize rule
@@ -41,24 +42,31 @@ def load(
             if size == state["size"] or entry["resize"] == "keep":
                 tensor = _read(folder / REPLICATED, f"{part}/{name}")
                 parts[part].tensors[name] = _placed(tensor, entry)
-    found = (
-        _same_size(folder, rank) if size == state["size"] else _resized(folder, state, rank, size)
-    )
-    found |= _repieced(folder, state["size"], rank, own or {})
+    own = own or {}
+    replicas = own.get("replicas", State()).counters
+    if size != state["size"]:
+        found = _resized(folder, state["size"], rank, size)
+    else:
+        same_replicas = replicas == parts.get("replicas", State()).counters
+        found = _same_size(folder, rank, size, same_replicas=same_replicas)
+    found |= _repieced(folder, state["size"], rank, own)
     for key, placed in found.items():
         part, name = key.split("/", 1)
         parts.setdefault(part, State()).tensors[name] = placed
     return parts
 
 
-def _same_size(folder: Path, rank: int) -> dict[str, Placed]:
+def _same_size(folder: Path, rank: int, size: int, *, same_replicas: bool) -> dict[str, Placed]:
     table = _table(folder, rank)
-    path = folder / f"{rank_name(rank)}.safetensors"
-    return {
-        key: _placed(_read(path, key), entry)
-        for key, entry in table.items()
-        if entry["placement"] != "pieces"
-    }
+    found = {}
+    for key, entry in table.items():
+        if entry["placement"] == "pieces" or (entry.get("owner") is not None and not same_replicas):
+            continue
+        path = folder / f"{rank_name(entry.get('owner', rank))}.safetensors"
+        found[key] = _placed(_read(path, key), entry)
+    if not same_replicas:
+        found |= _resized(folder, size, rank, size, only="replica")
+    return found
 
 
 def _repieced(folder: Path, old_size: int, rank: int, own: dict[str, State]) -> dict[str, Placed]:
@@ -111,14 +119,18 @@ def pieces_of(entry: dict[str, Any]) -> Pieces | None:
     return Pieces(held["party"], held["parties"], spans, held["spare"])
 
 
-def _resized(folder: Path, state: dict[str, Any], rank: int, size: int) -> dict[str, Placed]:
-    tables = [_table(folder, old) for old in range(state["size"])]
+def _resized(
+    folder: Path, old_size: int, rank: int, size: int, only: str | None = None
+) -> dict[str, Placed]:
+    tables = [_table(folder, old) for old in range(old_size)]
     keys = dict.fromkeys(key for table in tables for key in table)
     result = {}
     for key in keys:
         entries = {old: table[key] for old, table in enumerate(tables) if key in table}
         entry = next(iter(entries.values()))
         if entry["resize"] == "reset" or entry["placement"] == "pieces":
+            continue
+        if only is not None and entry["placement"] != only:
             continue
         if entry["placement"] == "shard":
             tensor = _recut(folder, key, entries, rank, size)
@@ -158,13 +170,17 @@ def _combined(
         )
     dtype: torch.dtype = getattr(torch, entry["dtype"])
     total_dtype = torch.float64 if dtype.is_floating_point else dtype
-    sources = [old for old in entries if mean or old % size == rank]
+    sources = [
+        old
+        for old, held in entries.items()
+        if held.get("owner", old) == old and (mean or old % size == rank)
+    ]
     if len(sources) == 1 and not mean:
         return _read(folder / f"{rank_name(sources[0])}.safetensors", key)
     total = torch.zeros(entry["shape"], dtype=total_dtype)
     for old in sources:
         total += _read(folder / f"{rank_name(old)}.safetensors", key)
-    return (total / old_size if mean else total).to(dtype)
+    return (total / len(sources) if mean else total).to(dtype)
 
 
 def _table(folder: Path, rank: int) -> dict[str, Any]:
@@ -180,4 +196,4 @@ def _read(path: Path, key: str) -> torch.Tensor:
 
 def _placed(tensor: torch.Tensor, entry: dict[str, Any]) -> Placed:
     placement, resize = cast("Placement", entry["placement"]), cast("Resize", entry["resize"])
-    return Placed(tensor, placement, resize)
+    return Placed(tensor, placement, resize, owner=entry.get("owner"))

@@ -29,6 +29,8 @@ class Entry:
     shape: list[int]
     pieces: dict[str, Any] | None = None
     """Of `state.Pieces`, as JSON has it."""
+    owner: int | None = None
+    """The rank whose file holds a replica's tensor."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Snapshot:
     replicated: dict[str, torch.Tensor]
     """By "part/name". Empty on all ranks but 0, which writes for all."""
     own: dict[str, torch.Tensor]
-    """By "part/name": the tensors placed per_rank or shard."""
+    """By "part/name": tensors placed per_rank, shard or pieces, and a replica's on its owner."""
     table: dict[str, Entry]
     counters: dict[str, dict[str, Counter]]
 
@@ -86,8 +88,10 @@ class HostCopy:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 pieces = None if placed.pieces is None else asdict(placed.pieces)
                 table[key] = Entry(
-                    placed.placement, placed.resize, dtype, list(tensor.shape), pieces
+                    placed.placement, placed.resize, dtype, list(tensor.shape), pieces, placed.owner
                 )
+                if placed.owner not in (None, self.rank):
+                    continue
                 (replicated if placed.placement == "replicated" else own)[key] = self._copy(
                     key, tensor
                 )
@@ -141,7 +145,11 @@ def write_files(snapshot: Snapshot, folder: Path) -> None:
     if snapshot.own:
         _write_tensors(folder / f"{stem}.safetensors", snapshot.own)
         written.append(f"{stem}.safetensors")
-    own = {key: _as_json(snapshot.table[key]) for key in snapshot.own}
+    own = {
+        key: _as_json(entry)
+        for key, entry in snapshot.table.items()
+        if key in snapshot.own or entry.owner is not None
+    }
     files = {name: fingerprint(folder / name) for name in written}
     content = {"rank": snapshot.rank, "step": snapshot.step, "files": files, "tensors": own}
     write_durably(folder / f"{stem}.json", json.dumps(content, indent=1).encode())

@@ -101,6 +101,33 @@ def find_switches(addresses: Sequence[Address], topology: Topology) -> Switches:
     return Switches(tuple(found), reason)
 
 
+def check_groups(groups: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
+    """Local. Rank -> group number, of groups that a person wrote down.
+
+    Raises:
+        UsageError: a group names a rank that does not exist, or a rank is in two or in none.
+    """
+    found: dict[int, int] = {}
+    for number, ranks in enumerate(groups):
+        for rank in ranks:
+            if not 0 <= rank < size:
+                raise UsageError(
+                    f"group {number} names rank {rank}; this run has ranks 0 to {size - 1}"
+                )
+            if rank in found:
+                raise UsageError(
+                    f"rank {rank} is in group {found[rank]} and in group {number}; groups must not "
+                    "overlap"
+                )
+            found[rank] = number
+    missing = [rank for rank in range(size) if rank not in found]
+    if missing:
+        raise UsageError(
+            f"no group has rank(s) {', '.join(map(str, missing))}; every rank needs one"
+        )
+    return tuple(found[rank] for rank in range(size))
+
+
 def group_ranks(rule: str, topology: Topology, switches: Switches) -> tuple[int, ...]:
     """Local. Rank -> group number, numbered by first appearance.
 

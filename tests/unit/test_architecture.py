@@ -27,10 +27,20 @@ LAYERS = [
     {"api", "drop_in"},
     {"launch", "doctor"},
     {"train", "assemble"},
-    {"session"},
-    {"config", "journal", "hardware", "place"},
-    {"exchange", "batch", "runs"},
-    {"compress", "data", "models", "optimiser", "clock", "control", "randomness", "config_errors"},
+    {"session", "reconcile"},
+    {"config", "journal", "hardware", "place", "views"},
+    {"exchange", "sync", "batch", "regularise", "runs", "agreement"},
+    {
+        "compress",
+        "data",
+        "models",
+        "optimiser",
+        "replicas",
+        "clock",
+        "control",
+        "randomness",
+        "config_errors",
+    },
     {"transport", "settings", "toml_text", "user_code"},
     {"errors", "state", "table"},
 ]
@@ -41,12 +51,18 @@ SIDEWAYS = {("models", "data.spec"), ("optimiser", "models.flat")}
 
 METHOD_TRANSPORT = {"transport.communicator", "transport.topology"}
 """What exchange, sync, batch and everything below see of the transport."""
-RUN_TRANSPORT = {"transport.abort", "transport.launcher", "transport.watchdog"}
+RUN_TRANSPORT = {
+    "transport.abort",
+    "transport.launcher",
+    "transport.levels",
+    "transport.numa",
+    "transport.watchdog",
+}
 """What the modules of a run see besides; none of these loads MPI."""
 PICKS_TRANSPORT = {"api", "drop_in", "hardware", "doctor"}
 """Who chooses between threads, mpi, hvd and nccl, or examines them."""
 
-METHOD_ROOMS = {"exchange", "batch"}
+METHOD_ROOMS = {"exchange", "sync", "batch", "regularise"}
 
 
 @dataclass(frozen=True)
