@@ -3,8 +3,9 @@
 With one replica all ranks step together, and what they say is reduced at every step. With several,
 the ranks of a replica agree at every step; all ranks begin a reduction every `EVERY` steps and look
 at it `EVERY` steps later, so that nobody waits for a rank that is less than so many steps behind.
-With rules that are asynchronous ranks go at their own pace: a reduction begins when the one before
-has been seen, and is seen when it is complete, on each rank at another step of its own.
+With rules that are asynchronous replicas go at their own pace: a reduction begins when the one
+before has been seen, and is seen when it is complete on all ranks of a replica, by each replica at
+another step of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Agreement:
     Args:
         comm: All ranks.
         replicas: Which of them hold equal parameters.
-        own_pace: Whether ranks make unequal numbers of steps.
+        own_pace: Whether replicas make unequal numbers of steps.
     """
 
     def __init__(self, comm: Communicator, replicas: Replicas, *, own_pace: bool = False) -> None:
@@ -55,7 +56,8 @@ class Agreement:
 
     def start(self, sums: Sums, maxima: Maxima) -> None:
         """Collective over the replica. Say a step's numbers without waiting."""
-        self._inside.start(sums, maxima)
+        pending = self.own_pace and self._under_way and not self._world.test()
+        self._inside.start(sums, replace(maxima, pending=float(pending)))
 
     def wait(self) -> Heard:
         """Collective over the replica. What its ranks said."""
@@ -77,7 +79,7 @@ class Agreement:
             return replica
         self._said = _add(self._said, own)
         if self.own_pace:
-            return self._hear_at_own_pace(maxima)
+            return self._hear_at_own_pace(maxima, replica)
         if step % EVERY and not done:
             return None
         heard = Heard(*self._world.wait()) if self._under_way else None
@@ -89,12 +91,12 @@ class Agreement:
             heard = last if heard is None else replace(last, sums=_add(heard.sums, last.sums))
         return heard
 
-    def _hear_at_own_pace(self, maxima: Maxima) -> Heard | None:
+    def _hear_at_own_pace(self, maxima: Maxima, replica: Heard) -> Heard | None:
         if not self._under_way:
             self._world.start(self._said, maxima)
             self._said, self._under_way = Sums(), True
             return None
-        if not self._world.test():
+        if replica.maxima.pending:
             return None
         # The next one begins at the next step: what is decided on this one comes first.
         return self.drain()

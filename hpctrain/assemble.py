@@ -31,7 +31,7 @@ from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import AppliedUpdate
 from hpctrain.place import Place, claimed
 from hpctrain.randomness import RandomState
-from hpctrain.reconcile import find_scopes, hold_probe, make_rules
+from hpctrain.reconcile import caution, find_scopes, hold_probe, make_rules
 from hpctrain.replicas import Replicas
 from hpctrain.runs import environment, restore
 from hpctrain.runs.checkpoint import Checkpointer
@@ -260,6 +260,8 @@ def header(loaded: Loaded, session: Session, threads: int, place: Place | None) 
             for rule in run.sync
         )
         lines.append(f"sync      {session.replicas.count} replicas: {rules}")
+    if text := caution(run):
+        lines.append(f"caution   {text}")
     if place:
         lines.append(f"run       {place.note}")
     if session.watchdog.note and comm.size > 1:

@@ -52,6 +52,8 @@ class Maxima:
     """`Checkpointer.numbers()`."""
     seconds: float = 0.0
     """Since the start of the run."""
+    pending: float = 0.0
+    """1 while an earlier message to all ranks is under way, where ranks go at their own pace."""
 
 
 class Control:
@@ -64,13 +66,13 @@ class Control:
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self._sums = np.zeros(len(fields(Sums)), dtype=np.float64)
-        self._maxima = np.zeros(5, dtype=np.float64)
+        self._maxima = np.zeros(6, dtype=np.float64)
         self._handles: list[Handle] = []
 
     def start(self, sums: Sums, maxima: Maxima) -> None:
         """Collective. Send this rank's numbers without waiting."""
         self._sums[:] = [getattr(sums, field.name) for field in fields(Sums)]
-        self._maxima[:] = [maxima.stop_code, *maxima.saves, maxima.seconds]
+        self._maxima[:] = [maxima.stop_code, *maxima.saves, maxima.seconds, maxima.pending]
         self._handles = [
             self._comm.iallreduce(self._sums),
             self._comm.iallreduce(self._maxima, "max"),
@@ -82,8 +84,9 @@ class Control:
         for handle in self._handles:
             handle.wait()
         self._handles = []
-        stop_code, done, failed, wanted, seconds = self._maxima.tolist()
-        return Sums(*self._sums.tolist()), Maxima(stop_code, (done, failed, wanted), seconds)
+        stop_code, done, failed, wanted, seconds, pending = self._maxima.tolist()
+        maxima = Maxima(stop_code, (done, failed, wanted), seconds, pending)
+        return Sums(*self._sums.tolist()), maxima
 
     def test(self) -> bool:
         """Whether `wait` would return at once. Local."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -13,7 +11,6 @@ import torch
 from hpctrain.config import Run
 from hpctrain.data.reserve import reserve
 from hpctrain.data.spec import DataSets, Samples, Spec
-from hpctrain.errors import ConfigError
 from hpctrain.models.flat import FlatModel
 from hpctrain.models.loss import per_sample_loss
 from hpctrain.optimiser import AppliedUpdate, Optimiser
@@ -25,14 +22,7 @@ from hpctrain.sync.payload import Payload
 from hpctrain.sync.rule import Ground
 from hpctrain.sync.rules import Rules, Running
 from hpctrain.transport.communicator import Communicator
-from hpctrain.transport.levels import (
-    Address,
-    Switches,
-    check_groups,
-    find_switches,
-    group_ranks,
-)
-from hpctrain.transport.numa import numa_ranks, own_domain
+from hpctrain.transport.levels import Levels, check_groups
 
 
 def find_scopes(run: Run, comm: Communicator) -> Scopes:
@@ -41,30 +31,16 @@ def find_scopes(run: Run, comm: Communicator) -> Scopes:
     Raises:
         UsageError: the groups do not fit the ranks, or the switches are unknown.
     """
-    topology, groups = comm.topology, run.topology.groups
-    named = {run.exchange.scope, *(rule.scope for rule in run.sync)}
-    switches = Switches(None, "not asked for")
-    if "switch" in named or groups == "switch":
-        address = Address.of(topology.hosts[comm.rank], os.environ)
-        told = comm.allgather_bytes(json.dumps(asdict(address)).encode())
-        switches = find_switches([Address(**json.loads(text)) for text in told], topology)
-
-    domains: list[int | None] = []
-    if "numa" in named:
-        domains = [
-            json.loads(text) for text in comm.allgather_bytes(json.dumps(own_domain()).encode())
-        ]
+    groups, levels = run.topology.groups, Levels.of(comm, os.environ)
 
     def ranks_in(scope: str) -> tuple[int, ...]:
-        if scope == "numa":
-            return numa_ranks(domains, topology)
         if scope == "rank":
             return tuple(range(comm.size))
-        if scope == "group":
-            if isinstance(groups, str):
-                return group_ranks(groups, topology, switches)
-            return check_groups(groups, comm.size)
-        return group_ranks(scope, topology, switches)
+        if scope != "group":
+            return levels.groups(scope)
+        if isinstance(groups, str):
+            return levels.groups(groups)
+        return check_groups(groups, comm.size)
 
     return ranks_in
 
@@ -91,13 +67,9 @@ def make_rules(
         else:
             group_of = scopes(config.scope)
         require_nested(replicas.of_rank, group_of, config.scope)
-        if config.own_pace and max(map(replicas.of_rank.count, replicas.of_rank)) > 1:
-            raise ConfigError(
-                f"sync.{number} lets ranks go at their own pace, and the ranks of a replica must "
-                'stay equal at every step; use exchange.kind = "none", or drop asynchronous and '
-                'unit = "total_steps" or "seconds"'
-            )
-        payload = Payload(flat, optimiser.vectors, config.buffers, config.momentum)
+        payload = Payload(
+            flat, optimiser.vectors, replicas.inside, config.buffers, config.momentum
+        )
         members = Members(comm, replicas.of_rank, group_of, payload.size)
         forward = None
         if isinstance(config, Leader) and config.score == "probe":
@@ -107,8 +79,19 @@ def make_rules(
             members, payload, flat.grad_norm, forward, lr_base=run.lr.base, seed=run.seed
         )
         rule = config.build(ground)
-        running.append(Running(f"{number}_{config.kind}", rule, payload, replicas.inside))
+        running.append(Running(f"{number}_{config.kind}", rule, payload))
     return Rules(running)
+
+
+def caution(run: Run) -> str:
+    """Local. What is wrong with these rules on these data, in words; "" where nothing is."""
+    by_loss = any(isinstance(r, Leader) and r.score == "train_loss" for r in run.sync)
+    if not by_loss or run.data.partition == "iid":
+        return ""
+    return (
+        f'with data.partition = "{run.data.partition}" training losses say whose samples are '
+        'easiest, not which replica is best; elect with score = "probe"'
+    )
 
 
 def hold_probe(run: Run, data: DataSets) -> tuple[Samples, Samples | None]:

@@ -23,7 +23,7 @@ class Views:
 
     def __init__(self, flat: FlatModel, replicas: Replicas, comm: Communicator) -> None:
         self._flat, self._replicas = flat, replicas
-        self._whole = Payload(flat, {})
+        self._whole = Payload(flat, {}, replicas.inside)
         self._all = Members(comm, replicas.of_rank, (0,) * comm.size, self._whole.size)
 
     @contextmanager
@@ -52,7 +52,7 @@ class Views:
         Float buffers are averaged over its ranks; all buffers come back after the block.
         """
         buffers = {name: buffer.clone() for name, buffer in self._flat.buffers.items()}
-        self._whole.level(self._replicas.inside)
+        self._whole.level()
         self._flat.module.eval()
         try:
             yield

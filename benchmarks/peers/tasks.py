@@ -176,8 +176,11 @@ SYSTEMS = {
         f"hpctrain Leader SGD, every {every}, pull {pull}": replicas(
             {"kind": "leader", "every": every, "pull": pull}
         )
-        for every, pull in ((4, 0.5), (16, 0.5), (16, 1.0), (64, 0.5))
+        for every, pull in ((4, 0.5), (16, 0.5), (16, 1.0), (64, 0.5), (64, 1.0))
     },
+    "hpctrain SlowMo, every 64": replicas(
+        {"kind": "average", "every": 64, "outer": {"kind": "slowmo", "momentum": 0.5}}
+    ),
     **{
         f"hpctrain EASGD, every {every}": replicas({"kind": "elastic", "every": every})
         for every in (4, 16)

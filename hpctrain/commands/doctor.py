@@ -55,12 +55,12 @@ def doctor(
 
 def topology(
     groups: Annotated[
-        str, typer.Option(metavar="node|switch|world|size:N", help="What makes a group.")
+        str, typer.Option(metavar="node|numa|switch|world|size:N", help="What makes a group.")
     ] = "node",
     full: Annotated[bool, typer.Option("--full", help="Draw every node.")] = False,
     json_: Json = False,
 ) -> None:
-    """Draw switches, nodes, ranks and groups: mpirun -n 4 hpctrain topology."""
+    """Draw switches, nodes, NUMA domains, ranks and groups: mpirun -n 4 hpctrain topology."""
     from hpctrain.doctor.levels import draw, remarks
     from hpctrain.doctor.survey import Survey, run
     from hpctrain.errors import EXIT_COMPLETE
@@ -70,8 +70,8 @@ def topology(
             print(found.to_json(), flush=True)
             return EXIT_COMPLETE
         console = _console()
-        console.print(draw(found.topology, found.switches, found.groups, full=full))
-        for remark in remarks(found.topology, found.switches):
+        console.print(draw(found.levels, found.groups, full=full))
+        for remark in remarks(found.levels.topology, found.levels.switches):
             console.print(remark)
         return EXIT_COMPLETE
 

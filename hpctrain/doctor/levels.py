@@ -1,4 +1,4 @@
-"""The levels above the nodes: switches and groups, as findings and as a tree."""
+"""The levels around the nodes: switches, NUMA domains and groups, as findings and as a tree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.tree import Tree
 
 from hpctrain.doctor.facts import Facts
 from hpctrain.doctor.finding import Finding, fold, name_ranks, some
-from hpctrain.transport.levels import Address, Switches, find_switches
+from hpctrain.transport.levels import Address, Levels, Switches, find_switches
 from hpctrain.transport.topology import Topology
 
 _SHOWN_NODES = 32
@@ -40,17 +40,15 @@ def check(ranks: Sequence[Facts], topology: Topology) -> Iterator[Finding]:
         yield Finding("switches", "ok", text, values={"above": [list(a) for a in found.above]})
 
 
-def draw(
-    topology: Topology, switches: Switches, groups: Sequence[int], *, full: bool = False
-) -> Tree:
-    """Local. Switches, nodes, and the ranks and groups on them.
+def draw(levels: Levels, groups: Sequence[int], *, full: bool = False) -> Tree:
+    """Local. Switches, nodes, their NUMA domains where ranks are bound to several, ranks, groups.
 
     Args:
-        topology: The ranks.
-        switches: Above them.
+        levels: Of the ranks.
         groups: Rank -> group number.
         full: Draw every node, however many there are.
     """
+    topology, switches = levels.topology, levels.switches
     tree = Tree(f"{topology.describe()}, {_count(len(set(groups)), 'group')}")
     places: dict[tuple[str, ...], Tree] = {(): tree}
     hanging: dict[tuple[str, ...], list[int]] = {}
@@ -64,7 +62,7 @@ def draw(
                 below = [n for at, held in hanging.items() if at[:depth] == path for n in held]
                 label = f"switch {path[-1]}  {_count(len(below), 'node')}"
                 places[path] = places[path[:-1]].add(label)
-        _hang(places[above], nodes, topology, groups, full)
+        _hang(places[above], nodes, levels, groups, full)
     return tree
 
 
@@ -79,8 +77,9 @@ def remarks(topology: Topology, switches: Switches) -> list[str]:
 
 
 def _hang(
-    tree: Tree, nodes: Sequence[int], topology: Topology, groups: Sequence[int], full: bool
+    tree: Tree, nodes: Sequence[int], levels: Levels, groups: Sequence[int], full: bool
 ) -> None:
+    topology = levels.topology
     shown = list(nodes)
     left_out = 0
     if not full and len(nodes) > _SHOWN_NODES:
@@ -96,7 +95,20 @@ def _hang(
             ranks = sorted(rank for hidden in inside for rank in topology.ranks_on(hidden))
             tree.add(f"... {left_out} more nodes, {name_ranks(ranks)} (--full draws them)")
         in_groups = _groups_text(topology.ranks_on(node), groups)
-        tree.add(f"{hosts[node]:<{width}}  {labels[node]:<{ranks_width}}  {in_groups}")
+        branch = tree.add(f"{hosts[node]:<{width}}  {labels[node]:<{ranks_width}}  {in_groups}")
+        for domain, ranks in _domains_of(node, levels).items():
+            branch.add(f"numa {domain}  {name_ranks(ranks)}  {_groups_text(ranks, groups)}")
+
+
+def _domains_of(node: int, levels: Levels) -> dict[int, list[int]]:
+    """Local. NUMA domain -> its ranks; empty where not all are bound, or all to the same one."""
+    found: dict[int, list[int]] = {}
+    for rank in levels.topology.ranks_on(node):
+        domain = levels.domains[rank]
+        if domain is None:
+            return {}
+        found.setdefault(domain, []).append(rank)
+    return found if len(found) > 1 else {}
 
 
 def _groups_text(ranks: Sequence[int], groups: Sequence[int]) -> str:

@@ -5,35 +5,40 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hpctrain.doctor.run import start, tell
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.launcher import launch_from_environment
-from hpctrain.transport.levels import Address, Switches, find_switches, group_ranks
+from hpctrain.transport.levels import Address, Levels, find_switches
+from hpctrain.transport.numa import own_domain
 from hpctrain.transport.topology import Topology
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Nodes, switches and groups of one launch."""
+    """The levels of one launch, and its groups."""
 
-    topology: Topology
-    switches: Switches
+    levels: Levels
     groups: tuple[int, ...]
     """Rank -> group number."""
 
     def to_json(self) -> str:
-        """Local. Nodes with their ranks and switches, groups with their ranks."""
-        topology, above = self.topology, self.switches.above
+        """Local. Nodes with their ranks, switches and NUMA domains; groups with their ranks."""
+        topology, above = self.levels.topology, self.levels.switches.above
         nodes = []
         for node in range(topology.n_nodes):
             ranks = topology.ranks_on(node)
-            switches = None if above is None else list(above[ranks[0]])
-            host = topology.hosts[ranks[0]]
-            nodes.append({"host": host, "ranks": list(ranks), "switches": switches})
+            nodes.append(
+                {
+                    "host": topology.hosts[ranks[0]],
+                    "ranks": list(ranks),
+                    "switches": None if above is None else list(above[ranks[0]]),
+                    "numa": [self.levels.domains[rank] for rank in ranks],
+                }
+            )
         groups: list[list[int]] = [[] for _ in set(self.groups)]
         for rank, group in enumerate(self.groups):
             groups[group].append(rank)
@@ -41,35 +46,32 @@ class Survey:
             "format": 1,
             "ranks": topology.size,
             "nodes": nodes,
-            "switches_unknown": self.switches.reason if above is None else None,
+            "switches_unknown": self.levels.switches.reason if above is None else None,
             "groups": groups,
         }
         return json.dumps(content, indent=1)
 
 
-def survey(comm: Communicator, mine: Address, rule: str) -> Survey:
+def survey(comm: Communicator, environment: Mapping[str, str], rule: str) -> Survey:
     """Collective. The same on all ranks.
 
     Args:
         comm: All ranks.
-        mine: This rank's address.
-        rule: What makes a group, see `group_ranks`.
+        environment: This rank's.
+        rule: What makes a group, see `Levels.groups`.
 
     Raises:
         UsageError: the rule does not fit; on all ranks.
     """
-    payloads = comm.allgather_bytes(json.dumps(asdict(mine)).encode())
-    return surveyed([Address(**json.loads(text)) for text in payloads], comm.topology, rule)
+    levels = Levels.of(comm, environment)
+    return Survey(levels, levels.groups(rule))
 
 
-def surveyed(addresses: Sequence[Address], topology: Topology, rule: str) -> Survey:
-    """Local. From all ranks' addresses.
-
-    Raises:
-        UsageError: the rule does not fit.
-    """
-    switches = find_switches(addresses, topology)
-    return Survey(topology, switches, group_ranks(rule, topology, switches))
+def alone() -> Levels:
+    """Local. Of one process without a launcher."""
+    topology = Topology.from_labels([0], [socket.gethostname()])
+    mine = Address.of(topology.hosts[0], os.environ)
+    return Levels(topology, find_switches([mine], topology), (own_domain(),))
 
 
 def run(rule: str, show: Callable[[Survey], int]) -> int:
@@ -84,10 +86,10 @@ def run(rule: str, show: Callable[[Survey], int]) -> int:
         BackendError: MPI could not be started.
     """
     launch = launch_from_environment()
-    mine = Address.of(socket.gethostname(), os.environ)
     if launch.family == "none":
-        return show(surveyed([mine], Topology.from_labels([0], [mine.host]), rule))
+        levels = alone()
+        return show(Survey(levels, levels.groups(rule)))
     started = start(launch)
     with started.guard.guarded():
-        found = survey(started.comm, mine, rule)
+        found = survey(started.comm, os.environ, rule)
         return tell(started.comm, found if started.comm.rank == 0 else None, show)

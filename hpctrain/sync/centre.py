@@ -21,7 +21,7 @@ class Centre:
     """One member's piece of the centre, and its view of the whole. Collective to make.
 
     Args:
-        members: Replicas of one rank each.
+        members: The replicas.
         start_N: (N,) where the centre starts, equal on all members.
 
     Attributes:

@@ -44,7 +44,7 @@ class DownpourRule(PolledRule):
     """Runs `Downpour`."""
 
     def __init__(self, config: Downpour, ground: Ground) -> None:
-        self._config = config
+        self._period = config.period
         self._payload = ground.payload
         self._members = ground.members
         self._base_N = ground.payload.pack().clone()
@@ -62,7 +62,7 @@ class DownpourRule(PolledRule):
             self._base_N.copy_(self.centre.arrived_N)
             self._payload.unpack()
             self._exchanges += 1
-        if at.step - self._asked >= self._config.every and not self.centre.asking:
+        if at.step - self._asked >= self._period(at.epoch) and not self.centre.asking:
             self._asked = at.step
             self._push()
             self.centre.ask()

@@ -39,14 +39,13 @@ class Elastic(RuleTable):
     beta: float = Field(default=0.9, gt=0.0, le=1.0)
     """How far the centre moves to the average; each replica moves beta / M to the centre. Above 1
     the centre would oscillate."""
-
     asynchronous: bool = False
     """Never wait: the centre lies in pieces on the members, who ask for it and add to it."""
 
     def build(self, ground: Ground) -> ElasticRule | PolledElasticRule:
         """Collective. The running rule."""
         if self.asynchronous:
-            return PolledElasticRule(self.every, self.beta / ground.members.size, ground)
+            return PolledElasticRule(self.period, self.beta / ground.members.size, ground)
         return ElasticRule(self, ground)
 
 

@@ -13,6 +13,8 @@ on while its question is answered; the centre has no server.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,13 @@ class PolledElasticRule(PolledRule):
     """Runs `Elastic` with `asynchronous = true`.
 
     Args:
-        every: This member's steps between two questions.
+        period: Epoch -> this member's steps between two questions.
         alpha: Stiffness of the spring.
         ground: What to work with.
     """
 
-    def __init__(self, every: int, alpha: float, ground: Ground) -> None:
-        self._every, self._alpha = every, alpha
+    def __init__(self, period: Callable[[float], int], alpha: float, ground: Ground) -> None:
+        self._period, self._alpha = period, alpha
         self._payload = ground.payload
         self._members = ground.members
         self.centre = Centre(ground.members, ground.payload.pack())
@@ -49,7 +51,7 @@ class PolledElasticRule(PolledRule):
             self._payload.unpack()
             self.centre.add(pull_N)
             self._exchanges += 1
-        if at.step - self._asked >= self._every and not self.centre.asking:
+        if at.step - self._asked >= self._period(at.epoch) and not self.centre.asking:
             self._asked = at.step
             self.centre.ask()
 

@@ -32,6 +32,7 @@ class Payload:
     Args:
         flat: The model.
         momentum_vectors: The optimiser's memory by name, each (P,).
+        replica: The ranks of this replica.
         buffers, momentum: The policies above.
     """
 
@@ -39,9 +40,11 @@ class Payload:
         self,
         flat: FlatModel,
         momentum_vectors: Mapping[str, Tensor],
+        replica: Communicator,
         buffers: BufferPolicy = "mix",
         momentum: MomentumPolicy = "keep",
     ) -> None:
+        self._replica = replica
         self.n_params = flat.n_params
         floating = [b for b in flat.buffers.values() if b.is_floating_point()]
         self._extra = [b.detach() for b in floating] if buffers == "mix" else []
@@ -56,19 +59,23 @@ class Payload:
         self._in_place = not self._extra and self._params_P.device.type == "cpu"
         self._host = torch.empty(0, dtype=self.dtype)
 
-    def level(self, replica: Communicator) -> None:
+    def level(self) -> None:
         """Collective over the replica. Buffers become their mean over its ranks.
 
         Each rank has seen other samples, so these are not equal within a replica by themselves.
         """
-        if replica.size > 1:
+        if self._replica.size > 1:
             for buffer in self._buffers:
                 mean = buffer.to("cpu", torch.float64)
-                replica.allreduce(mean.numpy())
-                buffer.copy_(mean / replica.size)
+                self._replica.allreduce(mean.numpy())
+                buffer.copy_(mean / self._replica.size)
 
     def pack(self) -> Tensor:
-        """(N,) on the host, N = `size`. Local. Overwrites what an earlier call returned."""
+        """Collective over the replica. (N,) on the host, N = `size`, equal on its ranks.
+
+        Overwrites what an earlier call returned.
+        """
+        self.level()
         if self._in_place:
             return self._params_P
         if not self._host.numel():

@@ -11,7 +11,6 @@ from hpctrain.sync.leader import LeaderRule
 from hpctrain.sync.leader_polled import PolledLeaderRule
 from hpctrain.sync.payload import Payload
 from hpctrain.sync.rule import Moment, Phase, Rule
-from hpctrain.transport.communicator import Communicator
 
 Value = TypeVar("Value")
 
@@ -24,8 +23,6 @@ class Running:
     """Of its numbers in metrics.jsonl and its part of a checkpoint: place in the list, and kind."""
     rule: Rule
     payload: Payload
-    replica: Communicator
-    """The ranks of this rank's replica."""
 
 
 class Rules:
@@ -105,7 +102,6 @@ class Rules:
             if rule.phase == phase:
                 rule.observe(at)
                 if rule.due(at):
-                    running.payload.level(running.replica)
                     rule.meet(at, running.payload.pack())
                     running.payload.unpack()
 

@@ -49,6 +49,14 @@ class RuleTable(Table):
                 raise ValueError("give every or schedule, not both")
         return self
 
+    @model_validator(mode="after")
+    def _counts_own_steps(self) -> RuleTable:
+        if getattr(self, "asynchronous", False) and self.unit != "steps":
+            raise ValueError(
+                f'asynchronous = true counts every replica\'s own steps; drop unit = "{self.unit}"'
+            )
+        return self
+
     def _changed(self, key: str) -> bool:
         """Whether a key has another value than its default: a dumped table names all keys."""
         return bool(getattr(self, key) != type(self).model_fields[key].default)

@@ -1,4 +1,4 @@
-"""Levels above the node: network switches from SLURM, and groups of ranks. Pure.
+"""The levels of a machine: switches from SLURM, nodes, NUMA domains; and groups of ranks.
 
 SLURM_TOPOLOGY_ADDR names the switches above a node and the node itself ("root.leaf2.node12"), and
 SLURM_TOPOLOGY_ADDR_PATTERN says which is which ("switch.switch.node"). Ranks that mpirun started
@@ -8,10 +8,13 @@ last part is this rank's own node, the ranks of a node agree, and no two nodes s
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from hpctrain.errors import UsageError
+from hpctrain.transport.communicator import Communicator
+from hpctrain.transport.numa import numa_ranks, own_domain
 from hpctrain.transport.topology import Topology, numbered
 
 _ADDRESS, _PATTERN, _NODE = "SLURM_TOPOLOGY_ADDR", "SLURM_TOPOLOGY_ADDR_PATTERN", "SLURMD_NODENAME"
@@ -128,28 +131,51 @@ def check_groups(groups: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
     return tuple(found[rank] for rank in range(size))
 
 
-def group_ranks(rule: str, topology: Topology, switches: Switches) -> tuple[int, ...]:
-    """Local. Rank -> group number, numbered by first appearance.
+@dataclass(frozen=True)
+class Levels:
+    """Switches above the nodes, nodes, and NUMA domains below them, of the same ranks."""
 
-    Args:
-        rule: "node", "switch" (the one next to the node), "world", or "size:N": N consecutive
-            ranks each, the last group takes the rest.
-        topology: The ranks.
-        switches: For the rule "switch".
+    topology: Topology
+    switches: Switches
+    domains: tuple[int | None, ...]
+    """Rank -> the NUMA domain of its node that it is bound to; None: not bound to one."""
 
-    Raises:
-        UsageError: no such rule, or the switches are unknown.
-    """
-    if rule == "node":
-        return topology.node_of
-    if rule == "world":
-        return (0,) * topology.size
-    if rule == "switch":
-        if switches.above is None or not all(switches.above):
-            why = switches.reason or "not every node has a switch"
-            raise UsageError(f"--groups switch: {why}; use node, world or size:N")
-        return numbered(switches.above)
-    word, _, number = rule.partition(":")
-    if word == "size" and number.isdigit() and int(number) > 0:
-        return tuple(rank // int(number) for rank in range(topology.size))
-    raise UsageError(f"--groups {rule}: choose node, switch, world or size:N")
+    @staticmethod
+    def of(comm: Communicator, environment: Mapping[str, str]) -> Levels:
+        """Collective. From what every rank's environment and kernel say; equal on all ranks."""
+        topology = comm.topology
+        address = Address.of(topology.hosts[comm.rank], environment)
+        mine = {"address": asdict(address), "domain": own_domain()}
+        said = [json.loads(text) for text in comm.allgather_bytes(json.dumps(mine).encode())]
+        switches = find_switches([Address(**rank["address"]) for rank in said], topology)
+        return Levels(topology, switches, tuple(rank["domain"] for rank in said))
+
+    def groups(self, rule: str) -> tuple[int, ...]:
+        """Local. Rank -> group number, numbered by first appearance.
+
+        Args:
+            rule: "node", "numa", "switch" (the one next to the node), "world", or "size:N": N
+                consecutive ranks each, the last group takes the rest.
+
+        Raises:
+            UsageError: no such rule, or the level is unknown.
+        """
+        topology = self.topology
+        if rule == "node":
+            return topology.node_of
+        if rule == "world":
+            return (0,) * topology.size
+        if rule == "numa":
+            return numa_ranks(self.domains, topology)
+        if rule == "switch":
+            above = self.switches.above
+            if above is None or not all(above):
+                why = self.switches.reason or "not every node has a switch"
+                raise UsageError(f'groups by "switch": {why}; use node, world or size:N')
+            return numbered(above)
+        word, _, number = rule.partition(":")
+        if word == "size" and number.isdigit() and int(number) > 0:
+            return tuple(rank // int(number) for rank in range(topology.size))
+        raise UsageError(
+            f'groups by "{rule}": choose node, numa, switch, world or size:N, N ranks each'
+        )

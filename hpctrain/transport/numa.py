@@ -43,9 +43,9 @@ def numa_ranks(domains: Sequence[int | None], topology: Topology) -> tuple[int, 
     free = [rank for rank, domain in enumerate(domains) if domain is None]
     if free:
         raise UsageError(
-            f'scope "numa" needs every rank bound to one NUMA domain; rank {free[0]} on '
+            f'groups by "numa": every rank must be bound to one NUMA domain; rank {free[0]} on '
             f"{topology.hosts[free[0]]} is not. Start with mpirun --map-by numa --bind-to core, or "
-            'use scope "node"'
+            'use "node"'
         )
     return numbered(list(zip(topology.node_of, domains, strict=True)))
 

@@ -59,10 +59,11 @@ def train(
     sgd = Sgd().build(flat)
     running = []
     for number, (config, group_of) in enumerate(zip(rules, groups, strict=True)):
-        payload = Payload(flat, {}, config.buffers, config.momentum)
+        alone = comm.split(comm.rank, 0)
+        payload = Payload(flat, {}, alone, config.buffers, config.momentum)
         members = Members(comm, range(comm.size), group_of, payload.size)
         ground = Ground(members, payload, gradient_norm=flat.grad_norm)
-        running.append(Running(f"{number}", config.build(ground), payload, members.inside))
+        running.append(Running(f"{number}", config.build(ground), payload))
     sync = Rules(running)
     seen = np.empty((STEPS, N))
     for step in range(1, STEPS + 1):

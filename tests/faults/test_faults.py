@@ -22,7 +22,8 @@ SLOW = '[model]\nkind = "misbehaving:calm"\n[model.args]\nsleep_s = 0.05\njitter
 
 
 def checkpoints(run: Path) -> list[int]:
-    return sorted(int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*"))
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted(int(path.name.split("-")[1]) for path in folders if ".tmp" not in path.name)
 
 
 def assert_continues_exactly(jobs: Jobs, run: Path, config: str, undisturbed: Path) -> None:
@@ -73,6 +74,23 @@ def test_killed_rank_ends_the_job_and_resume_loses_no_step(jobs, undisturbed):
     assert job.wait(20) != 0
     assert checkpoints(run)[-1] >= 5
     assert_continues_exactly(jobs, run, config, undisturbed)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["meeting", "asynchronous"])
+def test_killed_replica_ends_the_job_and_resume_goes_on(jobs, asynchronous):
+    run = jobs.folder / "run"
+    rule = '[[sync]]\nkind = "leader"\nevery = 4\n' + "asynchronous = true\n" * asynchronous
+    config = SLOW + '[checkpoint]\nevery_steps = 5\n[exchange]\nkind = "none"\n' + rule
+    job = jobs.start(2, "--out", str(run), config=config)
+    wait_for_step(run, 20, job)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.wait(20) != 0
+    saved = checkpoints(run)[-1]
+    job = jobs.start(2, "--out", str(run), "--resume", "auto", config=config)
+    assert job.wait() == 0, job.text()
+    assert {line["attempt"] for line in lines(run)} == {1, 2}
+    assert min(line["step"] for line in lines(run) if line["attempt"] == 2) > saved
+    assert json.loads((run / "status.json").read_text())["state"] == "complete"
 
 
 def test_exception_on_one_rank_is_told_once_and_ends_all(jobs):

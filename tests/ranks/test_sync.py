@@ -39,3 +39,14 @@ def test_asynchronous_runs_end_together(rule, comm, rank_tmp_path):
     assert outcome.complete
     assert outcome.step >= 60
     assert outcome.results["accuracy"] > 0.5
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("rule", ASYNCHRONOUS, ids=lambda rule: rule["kind"])
+def test_replicas_of_two_ranks_at_their_own_pace(rule, comm, rank_tmp_path):
+    exchange = {"kind": "dense", "scope": "group", "dense_backend": "mpi"}
+    tree = BASE | {"exchange": exchange, "topology": {"groups": "size:2"}}
+    tree |= {"sync": [rule], "train": {"steps": 60}}
+    outcome = run_on(World(comm), from_mapping(tree), Options(out=rank_tmp_path / "run"))
+    assert outcome.complete
+    assert outcome.results["accuracy"] > 0.5

@@ -151,8 +151,12 @@ def test_measures_among_threads() -> None:
 def test_survey_among_threads() -> None:
     def body(comm: Communicator) -> str:
         host = comm.topology.hosts[comm.rank]
-        mine = Address(host, host, f"s{comm.rank // 2}.{host}", "switch.node")
-        return survey(comm, mine, "switch").to_json()
+        told = {
+            "SLURMD_NODENAME": host,
+            "SLURM_TOPOLOGY_ADDR": f"s{comm.rank // 2}.{host}",
+            "SLURM_TOPOLOGY_ADDR_PATTERN": "switch.node",
+        }
+        return survey(comm, told, "switch").to_json()
 
     found = run_threads(4, body, node_of=[0, 1, 2, 3])
     assert len(set(found)) == 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 
 import pytest
 from rich.console import Console
 
 from hpctrain.doctor.levels import draw, remarks
-from hpctrain.doctor.survey import surveyed
+from hpctrain.doctor.survey import Survey
 from hpctrain.errors import UsageError
-from hpctrain.transport.levels import Address, Switches, find_switches, group_ranks
+from hpctrain.transport.levels import Address, Levels, Switches, find_switches
 from hpctrain.transport.topology import Topology
 
 TREE = "switch.switch.node"
@@ -32,7 +33,7 @@ def test_proved_addresses_give_the_switches_of_every_rank() -> None:
     addresses = [at("n1", "s0.s1.n1")] * 2 + [at("n2", "s0.s1.n2"), at("n3.site", "s0.s2.n3")]
     found = find_switches(addresses, topology)
     assert found == Switches((("s0", "s1"), ("s0", "s1"), ("s0", "s1"), ("s0", "s2")), "")
-    assert group_ranks("switch", topology, found) == (0, 0, 0, 1)
+    assert levels(topology, found).groups("switch") == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -72,24 +73,31 @@ def test_node_names_may_contain_dots_and_differ_from_host_names() -> None:
     assert address.parts() == (("s0", "s1"), "rack1.n4")
 
 
+def levels(
+    topology: Topology, switches: Switches = NONE, domains: Sequence[int | None] | None = None
+) -> Levels:
+    return Levels(topology, switches, tuple(domains or [None] * topology.size))
+
+
 def test_groups() -> None:
-    topology = Topology.from_labels([0, 1, 0, 1, 2])
-    assert group_ranks("node", topology, NONE) == (0, 1, 0, 1, 2)
-    assert group_ranks("world", topology, NONE) == (0,) * 5
-    assert group_ranks("size:2", topology, NONE) == (0, 0, 1, 1, 2)
+    found = levels(Topology.from_labels([0, 1, 0, 1, 2]))
+    assert found.groups("node") == (0, 1, 0, 1, 2)
+    assert found.groups("world") == (0,) * 5
+    assert found.groups("size:2") == (0, 0, 1, 1, 2)
     for wrong in ("size:0", "size:", "rack", "size:-1"):
-        with pytest.raises(UsageError, match="choose node, switch, world or size:N"):
-            group_ranks(wrong, topology, NONE)
+        with pytest.raises(UsageError, match="choose node, numa, switch, world or size:N"):
+            found.groups(wrong)
     with pytest.raises(UsageError, match="not asked"):
-        group_ranks("switch", topology, NONE)
+        found.groups("switch")
+    with pytest.raises(UsageError, match="rank 0 on"):
+        found.groups("numa")
+    assert levels(found.topology, NONE, [0, 0, 1, 0, 0]).groups("numa") == (0, 1, 2, 1, 3)
 
 
-def drawn(
-    topology: Topology, switches: Switches = NONE, rule: str = "node", **options: bool
-) -> list[str]:
+def drawn(found: Levels, rule: str = "node", **options: bool) -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     console = Console(file=stream, width=100, color_system=None)
-    console.print(draw(topology, switches, group_ranks(rule, topology, switches), **options))
+    console.print(draw(found, found.groups(rule), **options))
     stream.seek(0)
     return [line.rstrip() for line in stream.read().splitlines()]
 
@@ -97,7 +105,7 @@ def drawn(
 def test_a_drawing_with_two_levels_of_switches() -> None:
     topology = Topology.from_labels([0, 0, 1, 1, 2, 2], ["n1", "n1", "n2", "n2", "n10", "n10"])
     switches = Switches((("s0", "s1"),) * 4 + (("s0", "s2"),) * 2, "")
-    assert drawn(topology, switches, "switch") == [
+    assert drawn(levels(topology, switches), "switch") == [
         "6 ranks on 3 nodes (2+2+2), 2 groups",
         "`-- switch s0  3 nodes",
         "    +-- switch s1  2 nodes",
@@ -109,30 +117,44 @@ def test_a_drawing_with_two_levels_of_switches() -> None:
 
 
 def test_groups_inside_a_node() -> None:
-    lines = drawn(Topology.from_labels([0] * 4, ["vm"] * 4), rule="size:3")
+    lines = drawn(levels(Topology.from_labels([0] * 4, ["vm"] * 4)), "size:3")
     assert lines == [
         "4 ranks on 1 node, 2 groups",
         "`-- vm  ranks 0-3  0-2 in group 0; 3 in group 1",
     ]
 
 
+def test_numa_domains_are_drawn_where_ranks_are_bound_to_several() -> None:
+    topology = Topology.from_labels([0] * 4 + [1] * 2, ["n1"] * 4 + ["n2"] * 2)
+    assert drawn(levels(topology, NONE, [0, 1, 0, 1, 0, 0]), "numa") == [
+        "6 ranks on 2 nodes (4+2), 3 groups",
+        "+-- n1  ranks 0-3  0, 2 in group 0; 1, 3 in group 1",
+        "|   +-- numa 0  ranks 0, 2  group 0",
+        "|   `-- numa 1  ranks 1, 3  group 1",
+        "`-- n2  ranks 4-5  group 2",
+    ]
+
+
 def test_a_thousand_ranks_fit_on_a_screen() -> None:
-    topology = Topology.from_labels([rank // 4 for rank in range(1000)])
-    lines = drawn(topology)
+    found = levels(Topology.from_labels([rank // 4 for rank in range(1000)]))
+    lines = drawn(found)
     assert len(lines) == 1 + 4 + 1 + 4
     assert "... 242 more nodes, ranks 16-983 (--full draws them)" in lines[5]
     assert "node249  ranks 996-999  group 249" in lines[-1]
-    assert len(drawn(topology, full=True)) == 251
+    assert len(drawn(found, full=True)) == 251
 
 
 def test_json_of_a_survey() -> None:
     topology = Topology.from_labels([0, 1, 0], ["a", "b", "a"])
     addresses = [at("a", "s0.s1.a"), at("b", "s0.s2.b"), at("a", "s0.s1.a")]
-    content = json.loads(surveyed(addresses, topology, "node").to_json())
-    assert content["nodes"][0] == {"host": "a", "ranks": [0, 2], "switches": ["s0", "s1"]}
+    found = levels(topology, find_switches(addresses, topology), [0, None, 1])
+    content = json.loads(Survey(found, found.groups("node")).to_json())
+    node = {"host": "a", "ranks": [0, 2], "switches": ["s0", "s1"], "numa": [0, 1]}
+    assert content["nodes"][0] == node
     assert content["groups"] == [[0, 2], [1]]
     assert content["switches_unknown"] is None
-    unknown = json.loads(surveyed([Address("a")] * 3, topology, "node").to_json())
+    found = levels(topology, find_switches([Address("a")] * 3, topology))
+    unknown = json.loads(Survey(found, found.groups("node")).to_json())
     assert "not set" in unknown["switches_unknown"]
     assert unknown["nodes"][0]["switches"] is None
 

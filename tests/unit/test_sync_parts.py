@@ -130,7 +130,7 @@ def elect(losses, vectors, **keys):
         module = nn.Linear(len(vectors[0]), 1, bias=False, dtype=torch.float64)
         module.weight.data[:] = torch.tensor(vectors[comm.rank], dtype=torch.float64)
         flat = FlatModel(module)
-        payload = Payload(flat, {})
+        payload = Payload(flat, {}, comm.split(comm.rank, 0))
         members = Members(comm, range(comm.size), [0] * comm.size, payload.size)
         rule = config.build(Ground(members, payload, flat.grad_norm))
         at = Moment(Elapsed(1, 0.0), 0.1, losses[comm.rank], 1)
@@ -164,7 +164,8 @@ def test_ties_are_broken_alike_everywhere_and_not_always_for_the_same():
         def body(comm, seed=seed, config=config):
             flat = FlatModel(nn.Linear(1, 1, bias=False))
             members = Members(comm, range(3), [0] * 3, 1)
-            rule = config.build(Ground(members, Payload(flat, {}), flat.grad_norm, seed=seed))
+            payload = Payload(flat, {}, members.inside)
+            rule = config.build(Ground(members, payload, flat.grad_norm, seed=seed))
             at = Moment(Elapsed(1, 0.0), 0.1, 1.0, 1)
             rule.observe(at)
             rule.meet(at, flat.params_P.detach())

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from hpctrain.api import Outcome, run_on
-from hpctrain.assemble import Options, World
+from hpctrain.assemble import Options, World, open_session
 from hpctrain.config import from_mapping
+from hpctrain.data.spec import Spec
 from hpctrain.errors import ConfigError
+from hpctrain.train import run_training
+from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.threads import RankError, run_threads
 from tests.golden_run import MLP
 
@@ -43,6 +49,17 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "elastic, asynchronous": [{"kind": "elastic", "every": 3, "asynchronous": True}],
     "leader, asynchronous": [{"kind": "leader", "every": 4, "asynchronous": True}],
 }
+
+
+def batch_norm(spec: Spec) -> nn.Module:
+    n_inputs, width = math.prod(spec.input_shape), 24
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(n_inputs, width),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, spec.n_outputs),
+    )
 
 
 def train(
@@ -88,8 +105,9 @@ def test_trains_and_resumes_bitwise(name, tmp_path):
     assert parts[0].results["accuracy"] > 0.5
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    ("name", "size"), [("multi-leader", 1), ("slowmo", 2), *((name, 3) for name in RULES)]
+)
 def test_other_ranks_start_at_the_average(name, size, tmp_path):
     tree = BASE | {"sync": RULES[name]}
     whole = train(tree, 4, tmp_path / "run")[0].results
@@ -134,6 +152,24 @@ def test_a_node_is_one_replica(size, tmp_path):
     assert parts[0].results["loss"] == pytest.approx(whole[0].results["loss"], rel=1e-10)
 
 
+@pytest.mark.parametrize("rule", ["leader, asynchronous", "elastic, asynchronous", "downpour"])
+def test_ranks_of_a_replica_stay_equal_at_their_own_pace(rule, tmp_path):
+    exchange = {"kind": "dense", "scope": "node", "dense_backend": "mpi"}
+    tree = BASE | {"exchange": exchange, "sync": RULES[rule], "model": {"kind": f"{__name__}:batch_norm"}}
+    loaded = from_mapping(tree | {"lr": {"base": 0.03}})
+
+    def body(comm: Communicator) -> Tensor:
+        options = Options(out=tmp_path / "run")
+        with open_session(loaded, World(comm), options) as session:
+            assert run_training(session) is None
+            assert session.results["accuracy"] > 0.5
+            return session.flat.params_P.clone()
+
+    found = run_threads(4, body, node_of=[0, 0, 1, 1])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])
+
+
 def test_record_names_who_leads(tmp_path):
     train(BASE | {"sync": RULES["multi-leader"]}, 4, tmp_path / "run", [0, 0, 1, 1])
     step = lines(tmp_path / "run", "step")[-1]
@@ -141,6 +177,17 @@ def test_record_names_who_leads(tmp_path):
     last = lines(tmp_path / "run", "eval")[-1]
     assert last["replica_accuracy_min"] <= last["leader_accuracy"] <= last["replica_accuracy_max"]
     assert step["loss"] > 0
+
+
+@pytest.mark.parametrize("score", ["train_loss", "probe"])
+@pytest.mark.parametrize("partition", ["iid", "shard"])
+def test_fixed_shards_meet_an_election_by_training_loss(partition, score, tmp_path, capfd):
+    rule = {"kind": "leader", "score": score}
+    data = MLP["data"] | {"partition": partition}
+    tree = BASE | {"data": data, "record": {"progress": "plain"}, "train": {"steps": 1}}
+    train(tree | {"sync": [rule]}, 2, tmp_path / "run")
+    said = " ".join(capfd.readouterr().out.split())
+    assert ("training losses say whose samples are easiest" in said) == (partition == "shard" and score == "train_loss")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +200,7 @@ def test_record_names_who_leads(tmp_path):
         ({"sync": [{"kind": "average", "evry": 3}]}, "unknown key sync.0.evry"),
         ({"sync": [{"kind": "gossip", "matrix": [[0.5, 0.4], [0.5, 0.6]]}]}, "row 0"),
         ({"sync": [{"kind": "average", "every": 0}]}, "sync.0.every = 0"),
+        ({"sync": [{"kind": "downpour", "unit": "seconds"}]}, "drop unit"),
     ],
 )
 def test_refusals(change, message, tmp_path):
