@@ -198,7 +198,7 @@ def time_to_target(results: Path) -> Figure:
             ends = (-0.06, 0.02) if target.measure == "accuracy" else (-0.17, 0.5)
             row[0].set_ylim(target.value + ends[0], target.value + ends[1])
         row[0].set_ylabel(f"held-out {target.measure}")
-        row[0].set_title(f"{group['task']}, {group['ranks']} nodes x 1 rank, {group['rate']}")
+        row[0].set_title(f"{group['task']}, {group['place']}, {group['rate']}")
         row[1].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 

@@ -12,7 +12,8 @@ Unshaped, hpctrain's ranks are threads of one process, and exchanges that are li
 one rank with the whole batch (`Task.batch_statistics` and `System.linear` say where that holds).
 
     python -m benchmarks.time_to_target steps  --log LOG --task fashion [--systems A B] [--seeds 0]
-    python -m benchmarks.time_to_target shaped --log LOG --task fashion [--nodes 4] [--rate 100mbit]
+    python -m benchmarks.time_to_target shaped --log LOG --task fashion [--nodes 4 --per-node 1]
+                                               [--rate 100mbit]
     python -m benchmarks.time_to_target full   --log LOG --task fashion --systems A --lrs 0.05
     python -m benchmarks.time_to_target final  --log LOG --task fashion --systems A --lrs 0.05
     python -m benchmarks.time_to_target table  --log LOG [--out FILE.json]
@@ -74,7 +75,9 @@ def time_steps(args: argparse.Namespace) -> None:
             links = [str(link) for link in cluster.links]
             for turn in range(args.rounds):
                 for system in args.systems[:: 1 if turn % 2 == 0 else -1]:
-                    job = Job(args.task, system, middle, turn, args.nodes, args.steps or 200)
+                    ranks = args.nodes * args.per_node
+                    steps = args.steps or 200
+                    job = Job(args.task, system, middle, turn, ranks, args.per_node, steps)
                     job = dataclasses.replace(job, evaluate=False, to_target=False)
                     where = {"cluster": cluster, "folder": folder, "rate": args.rate}
                     once(log, "shaped", job, links=links, **where)
@@ -97,10 +100,14 @@ def jobs(args: argparse.Namespace, *, shaped: bool) -> Iterator[Job]:
     for seed in args.seeds:
         for lr in args.lrs or TASKS[args.task].lrs:
             for system in args.systems:
-                linear = SYSTEMS[system].linear and not TASKS[args.task].batch_statistics
-                ranks = args.nodes if shaped or not linear else 1
-                if shaped or not SYSTEMS[system].steps_of:
-                    yield Job(args.task, system, lr, seed, ranks, args.steps)
+                defined = SYSTEMS[system]
+                linear = defined.linear and not TASKS[args.task].batch_statistics
+                ranks, per_node = args.nodes * args.per_node, args.per_node
+                if not shaped:
+                    ranks = 1 if linear else ranks
+                    per_node = 1 if linear or defined.flat else per_node
+                if shaped or not defined.steps_of:
+                    yield Job(args.task, system, lr, seed, ranks, per_node, args.steps)
 
 
 def once(
@@ -149,7 +156,8 @@ def main() -> None:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lrs", nargs="+", type=float, help="by default the task's grid")
-    parser.add_argument("--nodes", type=int, default=4, help="one rank each")
+    parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--per-node", type=int, default=1, help="ranks on each node")
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--steps", type=int, help="at most, or in a timing")
     parser.add_argument("--rounds", type=int, default=1)

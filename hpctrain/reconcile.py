@@ -67,9 +67,7 @@ def make_rules(
         else:
             group_of = scopes(config.scope)
         require_nested(replicas.of_rank, group_of, config.scope)
-        payload = Payload(
-            flat, optimiser.vectors, replicas.inside, config.buffers, config.momentum
-        )
+        payload = Payload(flat, optimiser.vectors, replicas.inside, config.buffers, config.momentum)
         members = Members(comm, replicas.of_rank, group_of, payload.size)
         forward = None
         if isinstance(config, Leader) and config.score == "probe":

@@ -38,6 +38,8 @@ class Job:
     lr: float
     seed: int
     ranks: int
+    per_node: int = 1
+    """Ranks on each node."""
     steps: int | None = None
     """At most; None: the task's own."""
     evaluate: bool = True
@@ -94,8 +96,8 @@ def run(
 
     Args:
         job: what to train.
-        cluster: one rank per node of it; None: all on this host, hpctrain's ranks as threads of
-            one process.
+        cluster: `per_node` ranks on each node of it; None: all on this host, hpctrain's ranks as
+            threads of one process.
         folder: seen by all nodes of the cluster.
         limit_s: longer is an error.
     """
@@ -124,7 +126,8 @@ def run(
 def _ours(job: Job, config: Path, path: Path, cluster: Cluster | None) -> list[str]:
     words = [sys.executable, "-m", "hpctrain", "train"]
     if cluster is None:
-        words = [sys.executable, "-m", "benchmarks.peers.threads", "--ranks", str(job.ranks)]
+        words = [sys.executable, "-m", "benchmarks.peers.threads"]
+        words += ["--ranks", str(job.ranks), "--per-node", str(job.per_node)]
     return [*words, str(config), "--out", str(path / "run")]
 
 
@@ -150,7 +153,7 @@ def _start(job: Job, words: list[str], log: Any, cluster: Cluster | None) -> sub
     streams = {"stdout": log, "stderr": subprocess.STDOUT}
     if cluster is not None:
         extra |= {"GLOO_SOCKET_IFNAME": "eth0"} | dict(job.of_system.environment)
-        return cluster.start(cluster.mpirun(words, job.ranks, 1), extra=extra, **streams)
+        return cluster.start(cluster.mpirun(words, job.ranks, job.per_node), extra=extra, **streams)
     processes = 1 if job.of_system.family == "hpctrain" else job.ranks
     return subprocess.Popen(
         ["tools/launch", str(processes), "--", *words],

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.peers.job import Job
 
 Line = dict[str, Any]
-KEYS = ("what", "task", "system", "lr", "seed", "ranks", "rate", "fingerprint")
+KEYS = ("what", "task", "system", "lr", "seed", "ranks", "per_node", "rate", "fingerprint")
 
 
 def key_of(what: str, job: Job, rate: str = "") -> Line:
@@ -21,8 +21,8 @@ def key_of(what: str, job: Job, rate: str = "") -> Line:
         job: the run.
         rate: of the links; "" on this host.
     """
-    values = (what, job.task, job.system, job.lr, job.seed, job.ranks, rate, job.fingerprint())
-    return dict(zip(KEYS, values, strict=True))
+    found = {"what": what, "rate": rate, "fingerprint": job.fingerprint()}
+    return {name: found[name] if name in found else getattr(job, name) for name in KEYS}
 
 
 class Log:
@@ -35,7 +35,8 @@ class Log:
         """All finished runs, oldest first."""
         if not self._path.exists():
             return []
-        return [json.loads(text) for text in self._path.read_text().splitlines()]
+        lines = map(json.loads, self._path.read_text().splitlines())
+        return [{"per_node": 1} | line for line in lines]  # which older lines do not have
 
     def find(self, key: Line) -> Line | None:
         """The newest run of this key."""

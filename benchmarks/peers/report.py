@@ -31,8 +31,9 @@ def summarise(log: Log) -> Summary:
     found: Summary = {"method": "steps to target x median step", "groups": []}
     for task in TASKS:
         mine = [line for line in lines if line["task"] == task]
-        for ranks in sorted({line["ranks"] for line in mine} - {1}, reverse=True):
-            here = [line for line in mine if line["ranks"] in (ranks, 1)]
+        places = {(line["ranks"], line["per_node"]) for line in mine if line["ranks"] > 1}
+        for ranks, per_node in sorted(places, key=lambda place: (place[1], -place[0])):
+            here = [line for line in mine if _belongs(line, ranks, per_node)]
             rates = sorted({line["rate"] for line in here if line["what"] == "shaped"}) or [""]
             for rate in rates:
                 target = TASKS[task].target
@@ -47,6 +48,8 @@ def summarise(log: Log) -> Summary:
                     "title": TASKS[task].title,
                     "target": str(target),
                     "ranks": ranks,
+                    "per_node": per_node,
+                    "place": _place(ranks, per_node),
                     "rate": rate,
                     "parameters": next((x["parameters"] for x in here if "parameters" in x), None),
                     "links": next((x["links"] for x in here if x.get("links")), None),
@@ -130,6 +133,18 @@ def _ends(lines: list[Line], target: Target) -> Summary:
     return {"final_lr": best, "final": chosen, "final_diverged": diverged}
 
 
+def _belongs(line: Line, ranks: int, per_node: int) -> bool:
+    """Whether a run was made with that many ranks, or would be the same with them."""
+    if line["ranks"] == 1:
+        return True
+    flat = SYSTEMS[line["system"]].flat and line["what"] in ("steps", "final")
+    return bool(line["ranks"] == ranks and (line["per_node"] == per_node or flat))
+
+
+def _place(ranks: int, per_node: int) -> str:
+    return f"{ranks // per_node} nodes x {per_node} rank{'s' if per_node > 1 else ''}"
+
+
 def _is(line: Line, what: str, system: str) -> bool:
     return bool(line["what"] == what and line["system"] == system)
 
@@ -183,7 +198,7 @@ def table(record: Summary) -> str:
         ]
         fastest = min(ours, default=None)
         rows = [
-            f"{group['title']}; {group['ranks']} nodes x 1 rank, {group['rate'] or 'not timed'}; "
+            f"{group['title']}; {group['place']}, {group['rate'] or 'not timed'}; "
             f"target {group['target']}",
             "",
             "| | lr | steps (each seed) | step | MB per node and step | time | over ours |",

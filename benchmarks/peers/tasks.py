@@ -112,6 +112,8 @@ class System:
     steps_of: str = ""
     """The system whose steps to target are this one's too, because the arithmetic is the same; of
     float16 because only rounding differs."""
+    flat: bool = False
+    """The result does not depend on which ranks share a node."""
     linear: bool = False
     """The result depends on the mean of the ranks' gradients only, so steps to target are computed
     by one rank with the whole batch: dense float32 sums, and PowerSGD, whose factors and residuals
@@ -133,7 +135,8 @@ def topk(density: float, *, masking: bool = True, **more: Any) -> System:
 
 def replicas(*rules: Mapping[str, Any]) -> System:
     """hpctrain's ranks on their own, reconciled by rules."""
-    return System("hpctrain", tables={"exchange": {"kind": "none"}, "sync": list(rules)})
+    tables = {"exchange": {"kind": "none"}, "sync": list(rules)}
+    return System("hpctrain", tables=tables, flat=all("scope" not in rule for rule in rules))
 
 
 SYSTEMS = {

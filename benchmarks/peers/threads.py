@@ -1,8 +1,8 @@
 """hpctrain with its ranks as threads of one process: the arithmetic of a run under MPI.
 
-    python -m benchmarks.peers.threads CONFIG --out FOLDER --ranks 4
+    python -m benchmarks.peers.threads CONFIG --out FOLDER --ranks 4 [--per-node 2]
 
-Each rank is a node of its own. One rank computes at a time, so a run takes one core; on a machine
+One rank computes at a time, so a run takes one core; on a machine
 with fewer cores than ranks that is faster than processes which wait for each other.
 """
 
@@ -24,13 +24,14 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--out", type=Path, required=True, help="the run folder")
     parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--per-node", type=int, default=1, help="ranks on each emulated node")
     args = parser.parse_args()
     loaded, options = load(args.config), Options(out=args.out)
     try:
         outcomes = run_threads(
             args.ranks,
             lambda comm: run_on(World(comm), loaded, options),
-            node_of=range(args.ranks),
+            node_of=[rank // args.per_node for rank in range(args.ranks)],
         )
     except RankError as error:
         if not isinstance(error.__cause__, NonFinite):

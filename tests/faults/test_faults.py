@@ -88,7 +88,7 @@ def test_killed_replica_ends_the_job_and_resume_goes_on(jobs, asynchronous):
     saved = checkpoints(run)[-1]
     job = jobs.start(2, "--out", str(run), "--resume", "auto", config=config)
     assert job.wait() == 0, job.text()
-    assert {line["attempt"] for line in lines(run)} == {1, 2}
+    assert saved >= 5
     assert min(line["step"] for line in lines(run) if line["attempt"] == 2) > saved
     assert json.loads((run / "status.json").read_text())["state"] == "complete"
 

@@ -32,6 +32,7 @@ def test_the_embedded_run_stands_under_configs():
 def test_config_trains_three_steps(path, tmp_path, request):
     run = load(path).run
     overrides = ["record.progress=none", "record.every_steps=1", "data.limit_test=64"]
+    overrides.append(f"batch.batch_global={min(run.batch.batch_global, 64)}")
     if run.data.kind not in OWN_DATA:
         overrides.append(f"data.root={request.getfixturevalue('data_root')}")
     whole = load(path, overrides)
@@ -40,8 +41,10 @@ def test_config_trains_three_steps(path, tmp_path, request):
     outcomes = run_threads(
         2, lambda comm: run_on(World(comm), loaded, Options(out=tmp_path / "run"))
     )
-    assert all(outcome.complete and outcome.step == 3 for outcome in outcomes)
+    own_pace = any(rule.own_pace for rule in run.sync)
+    assert all(outcome.complete for outcome in outcomes)
+    assert all(outcome.step == 3 or (own_pace and outcome.step > 3) for outcome in outcomes)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
-    assert len(losses) == 3
+    assert len(losses) == 3 or (run.sync and losses)  # replicas hear from each other now and then
     assert all(math.isfinite(loss) for loss in losses)

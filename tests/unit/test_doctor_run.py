@@ -20,7 +20,6 @@ from hpctrain.doctor.survey import survey
 from hpctrain.errors import BackendError
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.launcher import launch_from_environment
-from hpctrain.transport.levels import Address
 from hpctrain.transport.threads import run_threads
 
 SAID = {

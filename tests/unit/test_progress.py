@@ -132,7 +132,7 @@ class Stream(io.TextIOWrapper):
 def summary(**changes) -> Summary:
     values = {
         "results": {"loss": 0.1, "accuracy": 0.978}, "steps": 1000, "samples": 128_000,
-        "duration_s": 20.0, "compute_s": 14.0, "exchange_s": 4.0, "input_s": 1.0,
+        "duration_s": 20.0, "compute_s": 14.0, "exchange_s": 4.0, "sync_s": 0.0, "input_s": 1.0,
         "bytes_sent_intra": 12_345_678, "bytes_sent_inter": 0, "bytes_source": "formula",
         "folder": "/scratch/[group]/" + "long/" * 40 + "digits-001",
         "following": ["hpctrain status X", "and [that]"],

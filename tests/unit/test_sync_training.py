@@ -155,7 +155,11 @@ def test_a_node_is_one_replica(size, tmp_path):
 @pytest.mark.parametrize("rule", ["leader, asynchronous", "elastic, asynchronous", "downpour"])
 def test_ranks_of_a_replica_stay_equal_at_their_own_pace(rule, tmp_path):
     exchange = {"kind": "dense", "scope": "node", "dense_backend": "mpi"}
-    tree = BASE | {"exchange": exchange, "sync": RULES[rule], "model": {"kind": f"{__name__}:batch_norm"}}
+    tree = BASE | {
+        "exchange": exchange,
+        "sync": RULES[rule],
+        "model": {"kind": f"{__name__}:batch_norm"},
+    }
     loaded = from_mapping(tree | {"lr": {"base": 0.03}})
 
     def body(comm: Communicator) -> Tensor:
@@ -187,7 +191,9 @@ def test_fixed_shards_meet_an_election_by_training_loss(partition, score, tmp_pa
     tree = BASE | {"data": data, "record": {"progress": "plain"}, "train": {"steps": 1}}
     train(tree | {"sync": [rule]}, 2, tmp_path / "run")
     said = " ".join(capfd.readouterr().out.split())
-    assert ("training losses say whose samples are easiest" in said) == (partition == "shard" and score == "train_loss")
+    assert ("training losses say whose samples are easiest" in said) == (
+        partition == "shard" and score == "train_loss"
+    )
 
 
 @pytest.mark.parametrize(
