@@ -133,10 +133,14 @@ def topk(density: float, *, masking: bool = True, **more: Any) -> System:
     return System("hpctrain", tables={"exchange": table})
 
 
-def replicas(*rules: Mapping[str, Any]) -> System:
-    """hpctrain's ranks on their own, reconciled by rules."""
-    tables = {"exchange": {"kind": "none"}, "sync": list(rules)}
-    return System("hpctrain", tables=tables, flat=all("scope" not in rule for rule in rules))
+ALONE: Tree = {"kind": "none"}
+NODES: Tree = {"kind": "dense", "dense_backend": "mpi", "scope": "node"}
+
+
+def replicas(*rules: Mapping[str, Any], exchange: Tree = ALONE) -> System:
+    """hpctrain's ranks on their own, or nodes on their own, reconciled by rules."""
+    flat = exchange is ALONE and all("scope" not in rule for rule in rules)
+    return System("hpctrain", tables={"exchange": exchange, "sync": list(rules)}, flat=flat)
 
 
 SYSTEMS = {
@@ -173,7 +177,7 @@ SYSTEMS = {
     ),
     **{
         f"hpctrain local SGD, every {every}": replicas({"kind": "average", "every": every})
-        for every in (4, 16, 64)
+        for every in (4, 16, 32, 64)
     },
     **{
         f"hpctrain Leader SGD, every {every}, pull {pull}": replicas(
@@ -181,12 +185,18 @@ SYSTEMS = {
         )
         for every, pull in ((4, 0.5), (16, 0.5), (16, 1.0), (64, 0.5), (64, 1.0))
     },
+    **{
+        f"hpctrain dense in nodes, local SGD between, every {every}": replicas(
+            {"kind": "average", "every": every}, exchange=NODES
+        )
+        for every in (16, 32)
+    },
     "hpctrain SlowMo, every 64": replicas(
         {"kind": "average", "every": 64, "outer": {"kind": "slowmo", "momentum": 0.5}}
     ),
     **{
         f"hpctrain EASGD, every {every}": replicas({"kind": "elastic", "every": every})
-        for every in (4, 16)
+        for every in (4, 16, 64)
     },
     "hpctrain gossip, one peer": replicas({"kind": "gossip"}),
 }

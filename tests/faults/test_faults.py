@@ -81,12 +81,13 @@ def test_killed_replica_ends_the_job_and_resume_goes_on(jobs, asynchronous):
     run = jobs.folder / "run"
     rule = '[[sync]]\nkind = "leader"\nevery = 4\n' + "asynchronous = true\n" * asynchronous
     config = SLOW + '[checkpoint]\nevery_steps = 5\n[exchange]\nkind = "none"\n' + rule
-    job = jobs.start(2, "--out", str(run), config=config)
-    wait_for_step(run, 20, job)
+    longer = ("--set", "train.epochs=8")  # replicas hear from each other every 16 steps
+    job = jobs.start(2, "--out", str(run), *longer, config=config)
+    wait_for_step(run, 32, job)
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.wait(20) != 0
     saved = checkpoints(run)[-1]
-    job = jobs.start(2, "--out", str(run), "--resume", "auto", config=config)
+    job = jobs.start(2, "--out", str(run), "--resume", "auto", *longer, config=config)
     assert job.wait() == 0, job.text()
     assert saved >= 5
     assert min(line["step"] for line in lines(run) if line["attempt"] == 2) > saved
