@@ -4,7 +4,8 @@
 
 Steps to target are counted unshaped on this host, with the same arithmetic: 3 seeds, the same grid
 of learning rates for all systems, the held-out set measured every 25 steps, the target held twice
-in a row. A step's seconds are the median of 200 steps on a virtual cluster (root; tests/cluster).
+in a row. A step's seconds are the median of 200 steps on a virtual cluster (root; tests/cluster);
+of replicas, which meet at few steps, the mean from step 32 on (--steps 224 holds whole rounds).
 `final` compares the last evaluations of trainings of equal length, seed by seed. All systems start
 from the same parameters and take the same samples in the same order.
 

@@ -13,7 +13,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.peers.job import SETTLED_AT, Job
 from benchmarks.peers.log import KEYS, Line, Log
 from benchmarks.peers.target import Target
-from benchmarks.peers.tasks import DENSE, SYSTEMS, TASKS
+from benchmarks.peers.tasks import ALONE_FOR_EVER, DENSE, SYSTEMS, TASKS
 
 Summary = dict[str, Any]
 
@@ -43,6 +43,9 @@ def summarise(log: Log) -> Summary:
                     if DENSE in systems and system["steps_of"] != DENSE:
                         found_final = compare_final(system, systems[DENSE], target)
                         system["final_less_dense"] = found_final
+                ceiling = None
+                if timed(systems, DENSE) and timed(systems, ALONE_FOR_EVER):
+                    ceiling = systems[DENSE]["step_s"] / systems[ALONE_FOR_EVER]["step_s"]
                 group = {
                     "task": task,
                     "title": TASKS[task].title,
@@ -53,11 +56,17 @@ def summarise(log: Log) -> Summary:
                     "rate": rate,
                     "parameters": next((x["parameters"] for x in here if "parameters" in x), None),
                     "links": next((x["links"] for x in here if x.get("links")), None),
+                    "ceiling": ceiling,
                     "systems": systems,
                 }
                 found["groups"].append(group)
     found["machine"] = describe_machine()
     return found
+
+
+def timed(systems: Summary, name: str) -> bool:
+    """Whether that system's step was timed."""
+    return "step_s" in systems.get(name, {})
 
 
 def current(lines: Iterable[Line]) -> list[Line]:
@@ -97,8 +106,10 @@ def _system(name: str, lines: list[Line], rate: str, target: Target) -> Summary 
         shown = found.get("best_lr", nearest)
         found["curves"] = [x["curve"] for x in evaluated if x["lr"] == shown]
     if shaped:
-        found["step_s_rounds"] = [median(x["step_s"]) for x in shaped]
-        found["step_s"] = median([s for x in shaped for s in x["step_s"]])
+        # Replicas meet at few steps, which a median would leave out.
+        typical = statistics.fmean if "sync" in SYSTEMS[name].tables else median
+        found["step_s_rounds"] = [typical(x["step_s"]) for x in shaped]
+        found["step_s"] = typical([s for x in shaped for s in x["step_s"]])
         found["first_10_s"] = median([sum(x["step_s"][:10]) for x in shaped])
         found["steps_timed"] = [x["steps"] for x in shaped]
         links = [median(x["link_bytes"][-(x["steps"] - SETTLED_AT) :]) for x in shaped]
@@ -206,6 +217,8 @@ def table(record: Summary) -> str:
         ]
         for name, found in group["systems"].items():
             rows.append(f"| {name} | {' | '.join(_cells(found, fastest))} |")
+        if group["ceiling"]:
+            rows.append(f"\n{_ceiling(group)}")
         for name, found in group["systems"].items():
             for whole in found["full"]:
                 rows.append(
@@ -217,6 +230,20 @@ def table(record: Summary) -> str:
                 rows.append(f"\n{name}, {_final(compared, group['target'])}.")
         texts.append("\n".join(rows))
     return "\n\n".join(texts)
+
+
+def _ceiling(group: Summary) -> str:
+    """What steps without communication would gain over the dense sum, and who comes how near."""
+    systems, ceiling = group["systems"], group["ceiling"]
+    dense, alone = systems[DENSE], systems[ALONE_FOR_EVER]
+    dense_ms, alone_ms = 1e3 * dense["step_s"], 1e3 * alone["step_s"]
+    text = f"Ceiling: a dense step, {dense_ms:,.0f} ms, is {ceiling:.1f} of computing's {alone_ms:,.0f}"
+    if "time_s" in dense:
+        for name, found in systems.items():
+            if "sync" in SYSTEMS[name].tables and "time_s" in found:
+                ratio = dense["time_s"] / found["time_s"]
+                text += f"; {name} {ratio:.1f}x, {ratio / ceiling:.2f} of it"
+    return text + "."
 
 
 def _final(compared: Summary, target: str) -> str:

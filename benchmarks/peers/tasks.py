@@ -125,6 +125,8 @@ RING = {
     "OMPI_MCA_coll_tuned_allreduce_algorithm": "4",
 }
 DENSE = "Horovod float32"
+ALONE_FOR_EVER = "hpctrain, never reconciled"
+"""Timed only: a step that is nothing but computing."""
 
 
 def topk(density: float, *, masking: bool = True, **more: Any) -> System:
@@ -191,6 +193,7 @@ SYSTEMS = {
         )
         for every in (16, 32)
     },
+    ALONE_FOR_EVER: replicas({"kind": "average", "every": 1_000_000}),
     "hpctrain SlowMo, every 64": replicas(
         {"kind": "average", "every": 64, "outer": {"kind": "slowmo", "momentum": 0.5}}
     ),
