@@ -237,7 +237,9 @@ def _ceiling(group: Summary) -> str:
     systems, ceiling = group["systems"], group["ceiling"]
     dense, alone = systems[DENSE], systems[ALONE_FOR_EVER]
     dense_ms, alone_ms = 1e3 * dense["step_s"], 1e3 * alone["step_s"]
-    text = f"Ceiling: a dense step, {dense_ms:,.0f} ms, is {ceiling:.1f} of computing's {alone_ms:,.0f}"
+    text = (
+        f"Ceiling: dense step {dense_ms:,.0f} ms over computing {alone_ms:,.0f} ms = {ceiling:.1f}"
+    )
     if "time_s" in dense:
         for name, found in systems.items():
             if "sync" in SYSTEMS[name].tables and "time_s" in found:

@@ -185,7 +185,7 @@ SYSTEMS = {
         f"hpctrain Leader SGD, every {every}, pull {pull}": replicas(
             {"kind": "leader", "every": every, "pull": pull}
         )
-        for every, pull in ((4, 0.5), (16, 0.5), (16, 1.0), (64, 0.5), (64, 1.0))
+        for every, pull in ((4, 0.5), (16, 0.5), (16, 1.0), (32, 0.5), (64, 0.5), (64, 1.0))
     },
     **{
         f"hpctrain dense in nodes, local SGD between, every {every}": replicas(
