@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -171,9 +171,26 @@ def describe(line: Line) -> str:
     return str(line["text"])
 
 
+def _result_rows(results: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Local. Per measure a row of the average of all replicas, and one of the replicas' own."""
+    rows = []
+    for name in [name for name in results if not name.startswith(("replica_", "leader_"))]:
+        rows.append((f"held-out {name}", _number(name, results[name])))
+        if f"replica_{name}_mean" in results:
+            least, mean, most = (
+                _number(name, results[f"replica_{name}_{which}"])
+                for which in ("min", "mean", "max")
+            )
+            text = f"{least} to {most}, mean {mean}"
+            if f"leader_{name}" in results:
+                text += f"; leader {_number(name, results[f'leader_{name}'])}"
+            rows.append((f"{name} of replicas", text))
+    return rows
+
+
 def summary_rows(summary: Summary) -> list[tuple[str, str]]:
     """Name and value of each row of the closing summary. Local."""
-    rows = [(f"held-out {name}", _number(name, x)) for name, x in summary.results.items()]
+    rows = _result_rows(summary.results)
     duration_s = summary.duration_s
     if summary.steps and duration_s > 0:
         speed = f"{summary.samples / duration_s:,.0f} samples/s, {summary.steps:,} steps"

@@ -214,6 +214,19 @@ def test_plain_lines_come_every_few_seconds():
     assert lines[1].endswith("exchange 12% eta 00:00:45")
 
 
+def test_replicas_have_a_row_of_their_own():
+    spread = {
+        "replica_accuracy_min": 0.7,
+        "replica_accuracy_mean": 0.8,
+        "replica_accuracy_max": 0.9,
+    }
+    results = {"loss": 0.1, "accuracy": 0.95} | spread | {"leader_accuracy": 0.85}
+    rows = dict(progress.summary_rows(summary(results=results)))
+    assert rows["held-out accuracy"] == "95.00 %"
+    assert rows["accuracy of replicas"] == "70.00 % to 90.00 %, mean 80.00 %; leader 85.00 %"
+    assert not any("replica_" in name for name in rows)
+
+
 def test_texts():
     assert step_text(3, None, {}, None) == "step 3"
     assert batch_equation(1024, 8) == "batch_global 1,024 = 8 ranks x 128"
