@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,10 @@ def density(results: Path) -> Figure:
     return figure
 
 
-def time_to_target(results: Path) -> Figure:
+def time_to_target(results: Path, record: str = "time_to_target.json") -> Figure:
     """The target's measure against seconds and against MB sent per node; a line per seed."""
-    groups = [g for g in read(results / "time_to_target.json")["groups"] if g["rate"]]
-    title = "Whole trainings: steps of the unshaped run x the median shaped step"
+    groups = [g for g in read(results / record)["groups"] if g["rate"]]
+    title = "Whole trainings: steps of the unshaped run x the shaped step"
     figure, panels = panels_of(len(groups), 2, (10, 3.6 * len(groups)), title, sharey="row")
     peers = dict.fromkeys(
         name for g in groups for name in g["systems"] if not name.startswith("hpctrain")
@@ -203,6 +204,21 @@ def time_to_target(results: Path) -> Figure:
     return figure
 
 
+def straggler(results: Path) -> Figure:
+    """What one slow rank leaves of the others' pace, and how long they wait."""
+    record = read(results / "straggler.json")
+    title = f"One of 4 ranks computes {record['factor']:g} times longer; the others:"
+    figure, panels = panels_of(1, 2, (9, 2.6), title, sharey=True)
+    for panel, key, label in zip(
+        panels, ("kept", "waits"), ("steps per second kept", "more of the time outside the model"),
+        strict=True,
+    ):  # fmt: skip
+        rounds = {name: found[key] for name, found in record["systems"].items()}
+        bars(panel, rounds, "{:.1%}".format)
+        panel.set_xlabel(label)
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -215,6 +231,8 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "never_slower": never_slower,
     "density": density,
     "time_to_target": time_to_target,
+    "replicas": partial(time_to_target, record="replicas.json"),
+    "straggler": straggler,
 }
 
 

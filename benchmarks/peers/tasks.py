@@ -179,7 +179,7 @@ SYSTEMS = {
     ),
     **{
         f"hpctrain local SGD, every {every}": replicas({"kind": "average", "every": every})
-        for every in (4, 16, 32, 64)
+        for every in (4, 16, 32, 64, 100)
     },
     **{
         f"hpctrain Leader SGD, every {every}, pull {pull}": replicas(
@@ -194,9 +194,12 @@ SYSTEMS = {
         for every in (16, 32)
     },
     ALONE_FOR_EVER: replicas({"kind": "average", "every": 1_000_000}),
-    "hpctrain SlowMo, every 64": replicas(
-        {"kind": "average", "every": 64, "outer": {"kind": "slowmo", "momentum": 0.5}}
-    ),
+    **{
+        f"hpctrain SlowMo, every {every}": replicas(
+            {"kind": "average", "every": every, "outer": {"kind": "slowmo", "momentum": 0.5}}
+        )
+        for every in (32, 64, 100)
+    },
     **{
         f"hpctrain EASGD, every {every}": replicas({"kind": "elastic", "every": every})
         for every in (4, 16, 64)
