@@ -219,6 +219,53 @@ def straggler(results: Path) -> Figure:
     return figure
 
 
+def non_iid(results: Path) -> Figure:
+    """Replicas with unlike data: who is elected, what they are reconciled by, pull and period."""
+    record = read(results / "non_iid.json")
+    title = "Fashion-MNIST, 8 replicas, accuracy of their average (%); dots: seeds"
+    figure, (data, rules, knobs) = panels_of(1, 3, (12, 3.8), title)
+    partitions = [p for p in ("iid", "dirichlet") if f"8 replicas, {p}" in record["elections"]]
+    for score, color, aside in (("probe", OURS, -0.08), ("train_loss", LIMIT, 0.08)):
+        found = [record["elections"][f"8 replicas, {p}"][score]["accuracy"] for p in partitions]
+        places = [place + aside for place in range(len(found))]
+        means_of(data, places, found, color=color, linestyle="none", label=score)
+    data.set_xticks(range(len(partitions)), partitions)
+    data.set_xlim(-0.5, len(partitions) - 0.5)
+    data.set_title("Leader SGD, pull 0.5, every 16", fontsize=10)
+    beside = record["compared"]
+    shown = [name for name in beside if len(beside[name]["accuracy"]["seeds"]) > 2]
+    shown = [name for name in shown if not name.startswith("averaging")][::-1]
+    for place, name in enumerate(shown):
+        more = beside[name]["less averaging as often"]
+        color = OURS if name.startswith("FedAWARE") else INK
+        rules.errorbar(more["mean"], place, xerr=more["half_95"], fmt="o", color=color)
+        rules.plot(more["each"], [place] * len(more["each"]), ".", color=OTHERS, markersize=4)
+    rules.set_yticks(range(len(shown)), shown, fontsize=8)
+    rules.axvline(0, color=LIMIT, linewidth=1)
+    rules.set_title("points more than averaging as often, 95 %", fontsize=10)
+    periods = [4, 16, 64]
+    lines = {f"probe, pull {pull}": (OURS, s) for pull, s in ((0.1, ":"), (0.5, "--"), (1.0, "-"))}
+    for name, (color, style) in (lines | {"train_loss, pull 0.5": (LIMIT, "--")}).items():
+        found = [record["knobs"][f"{name}, every {every}"] for every in periods]
+        means_of(knobs, periods, found, color=color, linestyle=style, label=name)
+    knobs.set_xscale("log", base=2)
+    knobs.set_xticks(periods, [str(every) for every in periods])
+    knobs.set_xlabel("steps between elections")
+    knobs.set_title("Leader SGD, Dirichlet 0.1", fontsize=10)
+    for panel in (data, knobs):
+        panel.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def means_of(panel: Axes, places: Sequence[float], found: Sequence[Record], **how: Any) -> None:
+    """Means over the seeds that all have, and every seed as a dot."""
+    fewest = min(len(f["each"]) for f in found)
+    each = [f["each"][:fewest] for f in found]
+    panel.plot(places, [statistics.fmean(e) for e in each], marker="o", linewidth=1.2, **how)
+    for place, values in zip(places, each, strict=True):
+        panel.plot([place] * len(values), values, ".", color=how["color"], alpha=0.4)
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -233,6 +280,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "time_to_target": time_to_target,
     "replicas": partial(time_to_target, record="replicas.json"),
     "straggler": straggler,
+    "non_iid": non_iid,
 }
 
 

@@ -5,10 +5,14 @@
     direction:   x <- x_start - lr * s * d,  s = mean of |delta_i| (length = "mean") or 1 ("unit")
     projection:  x <- x_start - lr * (<v, d> / <d, d>) d,  v = mean of delta_i
 
-Every replica takes part in every round; the point of least norm has the same inner product with all
-u_i of positive weight, so none of them is moved uphill. Per meeting and rank: an all-to-all, an
-all-gather (2 (M - 1) / M of the vector together) and M^2 numbers; projection one all-reduce more.
-Memory: two vectors, and M pieces of 1 / M during a meeting.
+Replicas of every length of movement have the same say; the point of least norm has the same inner
+product with all u_i of positive weight, so none of them is moved uphill. Left out is a replica
+whose m_i is zero, because with a zero among the u_i d would be zero: one whose rank has no samples
+(data.partition = "dirichlet"), and with alpha = 1 one that had none left for this round.
+
+Per meeting and rank: an all-to-all, an all-gather (2 (M - 1) / M of the vector together) and M^2
+numbers; projection one all-reduce more. Memory: two vectors, and M pieces of 1 / M during a
+meeting.
 
 Source: Zeng et al. 2023, "Tackling Hybrid Heterogeneity on Federated Optimization via Gradient
 Diversity Maximization", arXiv 2310.02702, and the authors' code. length = "unit" is theirs: all u_i
@@ -80,7 +84,10 @@ class FedAwareRule(PeriodicRule):
         wide = rows_MK.astype(np.float64)
         gram_MM = wide @ wide.T
         members.sum_pieces(gram_MM)
-        weights_M = min_norm_weights(gram_MM)
+        moved = lengths_M[:, 1] > 0.0
+        weights_M = np.zeros(members.size)
+        if moved.any():
+            weights_M[moved] = min_norm_weights(gram_MM[np.ix_(moved, moved)])
         members.join_pieces((weights_M @ wide).astype(rows_MK.dtype), unit_P.numpy())
         square = float(weights_M @ gram_MM @ weights_M)
         if self._config.form == "projection":

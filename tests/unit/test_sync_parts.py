@@ -13,6 +13,7 @@ from torch import nn
 
 from hpctrain.data.reserve import reserve
 from hpctrain.models.flat import FlatModel
+from hpctrain.sync.fedaware import FedAware
 from hpctrain.sync.leader import Leader
 from hpctrain.sync.members import Members
 from hpctrain.sync.minnorm import min_norm_weights
@@ -139,6 +140,33 @@ def elect(losses, vectors, **keys):
         return flat.params_P.tolist(), rule.tally()["leader"]
 
     return run_threads(len(losses), body)
+
+
+@pytest.mark.parametrize("form", ["direction", "projection"])
+@pytest.mark.parametrize(
+    ("moves", "common"),
+    [
+        # Of (3, 0) and (0, 4), units at right angles: d = (0.5, 0.5).
+        ([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]], [0.5, 0.5]),
+        ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [0.0, 0.0]),
+    ],
+)
+def test_a_replica_without_samples_does_not_stop_the_common_direction(form, moves, common):
+    length = 7 / 3  # mean of |delta|, and as it happens <v, d> / <d, d> with v = (1, 4/3)
+
+    def body(comm):
+        flat = FlatModel(nn.Linear(2, 1, bias=False, dtype=torch.float64))
+        start = flat.params_P.clone()
+        members = Members(comm, range(3), [0] * 3, 2)
+        payload = Payload(flat, {}, members.inside)
+        rule = FedAware(form=form).build(Ground(members, payload, flat.grad_norm))
+        flat.params_P.sub_(torch.tensor(moves[comm.rank]))
+        rule.meet(Moment(Elapsed(16, 0.0), 0.1, 1.0, 1), payload.pack())
+        payload.unpack()
+        return (start - flat.params_P).tolist()
+
+    for moved in run_threads(3, body):
+        assert moved == pytest.approx([length * share for share in common])
 
 
 def test_the_leader_keeps_its_parameters_bit_by_bit():
