@@ -266,6 +266,39 @@ def means_of(panel: Axes, places: Sequence[float], found: Sequence[Record], **ho
         panel.plot([place] * len(values), values, ".", color=how["color"], alpha=0.4)
 
 
+def decentralised(results: Path) -> Figure:
+    """Accuracy of decentralised SGD less that of exact averaging; the consensus distance."""
+    record = read(results / "decentralised.json")
+    title = f"Decentralised SGD, {record['replicas']} replicas, Fashion-MNIST"
+    figure, (gaps, distances) = panels_of(1, 2, (10, 4.4), title)
+    rows = [
+        (f"{name}: {system}", found["minus_csgd"]["accuracy"], system)
+        for name, setting in record["settings"].items()
+        for system, found in setting["systems"].items()
+        if "minus_csgd" in found and len(found["seeds"]) > 1
+    ]
+    for place, (_, gap, system) in enumerate(rows[::-1]):
+        low, high = (100 * (gap["mean"] + sign * gap["half_width_95"]) for sign in (-1, 1))
+        color = OTHERS if system == "sam" else OURS
+        gaps.plot([low, high], [place] * 2, color=color)
+        gaps.plot(100 * gap["mean"], place, "o", color=color, markersize=4)
+    gaps.set_yticks(range(len(rows)), [name for name, _, _ in rows[::-1]])
+    gaps.axvline(0, color=LIMIT, linewidth=1)
+    gaps.set_xscale("symlog", linthresh=2)
+    gaps.set_xticks(ticks := [-50, -10, -2, -1, 0, 1, 2, 10, 50], map(str, ticks))
+    gaps.set_xlabel("accuracy less that of csgd, points; line: 95 % interval")
+    for place, (system, found) in enumerate(record["settings"]["large"]["systems"].items()):
+        if "distances" in found:
+            distances.plot(
+                *np.array(found["distances"]).T, color=f"C{place}", linewidth=1.2, label=system
+            )
+    distances.set_yscale("log")
+    distances.set_xlabel("steps")
+    distances.set_ylabel("consensus distance, setting large")
+    distances.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -281,6 +314,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "replicas": partial(time_to_target, record="replicas.json"),
     "straggler": straggler,
     "non_iid": non_iid,
+    "decentralised": decentralised,
 }
 
 

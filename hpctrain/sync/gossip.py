@@ -45,7 +45,7 @@ class Gossip(RuleTable):
     """Mix the parameters before or after the update."""
     measure_every: int = Field(default=50, ge=0)
     """Meetings between two measurements of the consensus distance, which take an all-reduce; 0 =
-    never."""
+    never. The record shows the last one."""
 
     @field_validator("matrix")
     @classmethod
@@ -84,7 +84,7 @@ class GossipRule(PeriodicRule):
     def meet(self, at: Moment, vector_N: Tensor) -> None:
         """As `Rule.meet`."""
         members = self._ground.members
-        tally: dict[str, float] = {}
+        tally = self._tally
         if self._config.measure_every and self._n_held % self._config.measure_every == 0:
             tally = {"consensus_distance": self._measure(vector_N)}
         weights = self._weights()

@@ -60,10 +60,14 @@ class Baton:
         size: number of ranks.
         interleave: ranks to prefer at successive hand-overs (a scripted interleaving); a rank that
             cannot go on, and the end of the script, fall back to the next rank in rank order.
+        only_waits: a rank keeps the baton until it must wait for another one, or polls.
     """
 
-    def __init__(self, size: int, interleave: Iterable[int] = ()) -> None:
+    def __init__(
+        self, size: int, interleave: Iterable[int] = (), *, only_waits: bool = False
+    ) -> None:
         self.size = size
+        self.only_waits = only_waits
         self.failure: BaseException | None = None
         self._script = iter(interleave)
         self._gates = [threading.Semaphore(0) for _ in range(size)]
@@ -104,6 +108,8 @@ class Baton:
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Return once `ready()`; `what()` says for people what is waited for."""
+        if self.only_waits and self.failure is None and ready():
+            return
         self._waiting[rank] = _Waiting(ready, what)
         self._hand_over(rank)
         self._waiting[rank] = None

@@ -75,7 +75,7 @@ class _ThreadHandle:
         self._ledger = comm.ledger if ledger is None else ledger
 
     def test(self) -> bool:
-        self._comm.yield_turn()
+        self._comm.poll_turn()
         done = self._ready()
         if done:
             self._check()
@@ -107,7 +107,12 @@ class ThreadCommunicator(SharedVerbs):
         self._untimed = Ledger()
 
     def yield_turn(self) -> None:
-        """Let the other ranks run. Local."""
+        """Let the other ranks run, unless only waits do so. Local."""
+        if not self._group.baton.only_waits:
+            self.poll_turn()
+
+    def poll_turn(self) -> None:
+        """Let the other ranks run: what is polled for may take them. Local."""
         self._group.baton.pass_on(self._group.world_ranks[self.rank])
 
     def wait_for(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:

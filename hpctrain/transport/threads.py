@@ -31,6 +31,7 @@ def run_threads(
     *,
     node_of: Sequence[int] | None = None,
     interleave: Iterable[int] = (),
+    only_waits: bool = False,
 ) -> list[Result]:
     """Run `fn(comm)` on `size` ranks and return the results in rank order.
 
@@ -41,6 +42,8 @@ def run_threads(
         fn: what each rank does.
         node_of: rank -> label of its (pretended) node; all on one node by default.
         interleave: ranks to prefer at successive hand-overs, see `Baton`.
+        only_waits: a rank runs until it must wait or polls, not only to its next call. The same
+            results where nothing depends on who comes first, in a fraction of the time.
 
     Raises:
         RankError: a rank raised; its exception is the cause, the other ranks were released.
@@ -52,7 +55,7 @@ def run_threads(
             f"run_threads needs at least one rank and a node for each; got size {size} and "
             f"node_of {node_of}"
         )
-    baton = Baton(size, interleave)
+    baton = Baton(size, interleave, only_waits=only_waits)
     group = ThreadGroup(baton, Topology.from_labels(node_of or [0] * size), tuple(range(size)))
     results: list[Any] = [None] * size
 

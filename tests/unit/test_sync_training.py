@@ -174,6 +174,15 @@ def test_ranks_of_a_replica_stay_equal_at_their_own_pace(rule, tmp_path):
     assert torch.equal(found[2], found[3])
 
 
+def test_record_keeps_the_last_consensus_distance(tmp_path):
+    """Distances are measured at steps 1, 8, 15, ..., and no line is written at one of these."""
+    sync = [{"kind": "gossip", "graph": "ring", "measure_every": 7}]
+    train(BASE | {"sync": sync}, 3, tmp_path / "run")
+    steps = lines(tmp_path / "run", "step")
+    assert all(line["step"] % 7 != 1 for line in steps)
+    assert all(line["sync"]["0_gossip.consensus_distance"] > 0.0 for line in steps)
+
+
 def test_record_names_who_leads(tmp_path):
     train(BASE | {"sync": RULES["multi-leader"]}, 4, tmp_path / "run", [0, 0, 1, 1])
     step = lines(tmp_path / "run", "step")[-1]

@@ -30,6 +30,11 @@ def test_contract(check: Callable[[Communicator], None], node_of: list[int]) -> 
     run_threads(len(node_of), check, node_of=node_of)
 
 
+@pytest.mark.parametrize("check", communicators.CHECKS, ids=lambda check: check.__name__)
+def test_contract_where_only_waits_hand_over(check: Callable[[Communicator], None]) -> None:
+    run_threads(4, check, node_of=[0, 1, 1, 0], only_waits=True)
+
+
 REDUCER_CHECKS = [
     reducers.sums_are_those_of_all_ranks,
     partial(reducers.half_precision_rounds_within_bounds, wire_dtype="float16", roundings=2),
