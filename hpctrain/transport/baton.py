@@ -102,9 +102,15 @@ class Baton:
         if self.failure is not None:
             raise self.failure
 
-    def pass_on(self, rank: int) -> None:
-        """Give the other ranks their turn; returns when this rank has the baton again."""
-        self._hand_over(rank)
+    def pass_on(self, rank: int, *, polls: bool = False) -> None:
+        """Give the other ranks their turn; returns when this rank has the baton again.
+
+        Args:
+            rank: the one that holds it.
+            polls: it looks for what others may do meanwhile.
+        """
+        if polls or not self.only_waits:
+            self._hand_over(rank)
 
     def wait(self, rank: int, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Return once `ready()`; `what()` says for people what is waited for."""

@@ -75,7 +75,7 @@ class _ThreadHandle:
         self._ledger = comm.ledger if ledger is None else ledger
 
     def test(self) -> bool:
-        self._comm.poll_turn()
+        self._comm.yield_turn(polls=True)
         done = self._ready()
         if done:
             self._check()
@@ -106,14 +106,9 @@ class ThreadCommunicator(SharedVerbs):
         self._calls = 0
         self._untimed = Ledger()
 
-    def yield_turn(self) -> None:
-        """Let the other ranks run, unless only waits do so. Local."""
-        if not self._group.baton.only_waits:
-            self.poll_turn()
-
-    def poll_turn(self) -> None:
-        """Let the other ranks run: what is polled for may take them. Local."""
-        self._group.baton.pass_on(self._group.world_ranks[self.rank])
+    def yield_turn(self, *, polls: bool = False) -> None:
+        """Let the other ranks run; where only waits hand over, if this one polls. Local."""
+        self._group.baton.pass_on(self._group.world_ranks[self.rank], polls=polls)
 
     def wait_for(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
         """Let the other ranks run until `ready()`. Local."""

@@ -48,13 +48,13 @@ class ThreadMailbox:
         self._comm, self._boxes = comm, boxes
 
     def post(self, dest: int, payload: np.ndarray) -> None:
-        self._comm.poll_turn()
+        self._comm.yield_turn(polls=True)
         check_buffer(payload)
         self._comm.count_post(dest, payload.nbytes)
         self._boxes[dest].append((self._comm.rank, as_bytes(payload).copy()))
 
     def poll(self) -> list[tuple[int, np.ndarray]]:
-        self._comm.poll_turn()
+        self._comm.yield_turn(polls=True)
         return self._empty()
 
     def drain(self) -> list[tuple[int, np.ndarray]]:
