@@ -170,13 +170,18 @@ def time_to_target(results: Path, record: str = "time_to_target.json") -> Figure
         name for g in groups for name in g["systems"] if not name.startswith("hpctrain")
     )
     colors = {name: f"C{1 + place % 9}" for place, name in enumerate(peers)}
-    for number, group in enumerate(groups):
+    drawn = [
+        {n: s for n, s in g["systems"].items() if "curves" in s and "step_s" in s} for g in groups
+    ]
+    times: dict[str, float] = {}
+    for shown in drawn:
+        for name in shown.keys() - peers.keys():
+            times[name] = min(times.get(name, np.inf), shown[name].get("time_s", np.inf))
+    fastest_first = sorted(times, key=lambda name: (times[name], name))
+    styles = dict(zip(fastest_first, ("-", "--", ":", "-."), strict=False))
+    for number, (group, shown) in enumerate(zip(groups, drawn, strict=True)):
         row = panels[2 * number : 2 * number + 2]
         target = Target.parse(group["target"])
-        shown = {n: s for n, s in group["systems"].items() if "curves" in s and "step_s" in s}
-        ours = [name for name in shown if name not in peers]
-        ours.sort(key=lambda name: shown[name].get("time_s", np.inf))
-        styles = dict(zip(ours, ("-", "--", ":", "-."), strict=False))
         for name, found in shown.items():
             for seed, curve in enumerate(found["curves"]):
                 scales = (found["step_s"], found["link_bytes_per_step"] / 1e6)

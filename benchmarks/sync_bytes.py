@@ -83,8 +83,9 @@ CASES = {
 }
 
 
-def sent(case: Case, meetings: int, cluster: Cluster, folder: Path, ranks: int) -> int:
+def sent(case: Case, meetings: int, cluster: Cluster, folder: Path, per_node: int) -> int:
     """Bytes that left all nodes during one training."""
+    ranks = cluster.plan.nodes * per_node
     tree = {
         "data": {"kind": "idx", "folder": "fashion-mnist", "limit_test": 100},
         "model": MODEL.model_dump(),
@@ -102,7 +103,7 @@ def sent(case: Case, meetings: int, cluster: Cluster, folder: Path, ranks: int) 
         config.write_text(to_toml(from_mapping(tree).run))
         words = [sys.executable, "-m", "hpctrain", "train", str(config), "--out", f"{name}/run"]
         before = total(cluster)
-        command = cluster.mpirun(words, ranks, ranks // len(cluster.links))
+        command = cluster.mpirun(words, ranks, per_node)
         with open(Path(name) / "log", "w+") as log:
             extra = {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
             process = cluster.start(command, extra=extra, stdout=log, stderr=log)
@@ -126,7 +127,6 @@ def main() -> None:
     parser.add_argument("--per-node", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    ranks = args.nodes * args.per_node
     parameters = MODEL.build(Spec("classification", (1, 28, 28), "float32", 10)).parameters()
     vector_bytes = 4 * sum(parameter.numel() for parameter in parameters)
     found: dict[str, Any] = {}
@@ -134,7 +134,9 @@ def main() -> None:
         folder = Path(name)
         with Cluster.up(args.nodes, "1gbit", shared=(folder,)) as cluster:
             for title, case in CASES.items():
-                few, many = (sent(case, number, cluster, folder, ranks) for number in MEETINGS)
+                few, many = (
+                    sent(case, number, cluster, folder, args.per_node) for number in MEETINGS
+                )
                 each = (many - few) / (MEETINGS[1] - MEETINGS[0])
                 formula = case.vectors(args.nodes, args.per_node) * vector_bytes
                 allowed = HEADERS * formula + CONTROL_BYTES

@@ -216,6 +216,8 @@ def table(record: Summary) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for name, found in group["systems"].items():
+            if "step_s" not in found and (found["steps_of"] != name or not found["reached"]):
+                continue  # neither timed here nor counted
             rows.append(f"| {name} | {' | '.join(_cells(found, fastest))} |")
         if group["ceiling"]:
             rows.append(f"\n{_ceiling(group)}")
