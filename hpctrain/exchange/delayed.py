@@ -87,7 +87,11 @@ class DelayedExchange:
         """Nothing to take back. Local."""
 
     def finish(self) -> bool:
-        """Collective. Begin this step's sum; wait for that of `delay` steps ago."""
+        """Collective. Begin this step's sum; wait for that of `delay` steps ago.
+
+        Returns:
+            Whether what has arrived, if anything, is finite.
+        """
         grads_P = (
             self._spare.pop() if self._spare else torch.empty_like(self._flat.grads_P, device="cpu")
         )
@@ -100,7 +104,7 @@ class DelayedExchange:
             if handle is not None:
                 handle.wait()
             self.current = -1
-        return True
+        return self._taken is None or bool(torch.isfinite(self._taken).all())
 
     def settle(self, *, keep: bool) -> None:
         """Local. The flat gradient becomes the sum that has arrived."""

@@ -7,12 +7,15 @@ piece of which is some versions old at most. Nobody waits for anybody.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from hpctrain.state import shard_bounds
+from hpctrain.state import Placed, State, shard_bounds
 from hpctrain.sync.members import Members
+from hpctrain.sync.rule import Ground, Moment, PolledRule
 
 _ASK, _PIECE, _ADD = 0, 1, 2
 
@@ -62,7 +65,7 @@ class Centre:
                 self._post(owner, _ADD, change_N[where])
 
     def poll(self) -> bool:
-        """Answer and take what has arrived. Local, never blocks.
+        """Collective over the replica. Answer and take what has arrived; waits for no other one.
 
         Returns:
             Whether an asked-for centre is now whole, in `arrived_N`.
@@ -116,3 +119,59 @@ class Centre:
 
     def _dtype(self) -> np.dtype:
         return self.piece_K.numpy().dtype
+
+
+class CentredRule(PolledRule):
+    """What the rules around a centre share: ask for it, go on training, go by it when it has come.
+
+    Args:
+        period: Epoch -> this member's steps between two questions.
+        ground: What to work with.
+    """
+
+    def __init__(self, period: Callable[[float], int], ground: Ground) -> None:
+        self._period = period
+        self._payload = ground.payload
+        self._members = ground.members
+        self.centre = Centre(ground.members, ground.payload.pack())
+        self._asked = 0
+        self._exchanges = 0
+
+    def follow(self, vector_N: Tensor) -> None:
+        """The centre has come, in `centre.arrived_N`: change (N,) parameters in place. Local."""
+        raise NotImplementedError
+
+    def push(self) -> None:
+        """Collective over the replica. What is to reach the centre before it is asked for."""
+
+    def observe(self, at: Moment) -> None:
+        """As `Rule.observe`. Answer others; follow when the centre has come; ask in time."""
+        if self._members.size == 1:
+            return
+        if self.centre.poll():
+            self.follow(self._payload.pack())
+            self._payload.unpack()
+            self._exchanges += 1
+        if at.step - self._asked >= self._period(at.epoch) and not self.centre.asking:
+            self._asked = at.step
+            self.push()
+            self.centre.ask()
+
+    def settle(self) -> None:
+        """As `Rule.settle`. A question under way is given up and asked again later."""
+        if self._members.size > 1:
+            self.centre.settle()
+
+    def tally(self) -> dict[str, float]:
+        """As `Rule.tally`: this member's exchanges and what its piece of the centre was added."""
+        return {"exchanges": self._exchanges, "centre_version": self.centre.version}
+
+    def state(self) -> State:
+        """This member's piece of the centre. Local, after `settle`."""
+        return State({"centre": Placed(self.centre.piece_K, "per_rank", "reset")})
+
+    def load_state(self, state: State) -> None:
+        """Collective over the replica. With other ranks the centre starts at the parameters."""
+        self.centre.load(self._payload.pack())
+        if "centre" in state.tensors:
+            self.centre.piece_K.copy_(state.tensors["centre"].tensor)

@@ -18,10 +18,11 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from hpctrain.state import Placed, State
-from hpctrain.sync.centre import Centre
-from hpctrain.sync.rule import Ground, Moment, PolledRule
+from hpctrain.state import State
+from hpctrain.sync.centre import CentredRule
+from hpctrain.sync.rule import Ground
 from hpctrain.sync.table import RuleTable
 
 
@@ -40,60 +41,36 @@ class Downpour(RuleTable):
         return DownpourRule(self, ground)
 
 
-class DownpourRule(PolledRule):
+class DownpourRule(CentredRule):
     """Runs `Downpour`."""
 
     def __init__(self, config: Downpour, ground: Ground) -> None:
-        self._period = config.period
-        self._payload = ground.payload
-        self._members = ground.members
+        super().__init__(config.period, ground)
         self._base_N = ground.payload.pack().clone()
-        self.centre = Centre(ground.members, self._base_N)
-        self._asked = 0
-        self._exchanges = 0
 
-    def observe(self, at: Moment) -> None:
-        """Answer others; go on from the centre when it has come; push when it is time. Local."""
-        if self._members.size == 1:
-            return
-        if self.centre.poll():
-            vector_N = self._payload.pack()
-            vector_N.sub_(self._base_N).add_(self.centre.arrived_N)
-            self._base_N.copy_(self.centre.arrived_N)
-            self._payload.unpack()
-            self._exchanges += 1
-        if at.step - self._asked >= self._period(at.epoch) and not self.centre.asking:
-            self._asked = at.step
-            self._push()
-            self.centre.ask()
+    def follow(self, vector_N: Tensor) -> None:
+        """As `CentredRule.follow`: the centre, and what was learnt since the last push."""
+        vector_N.sub_(self._base_N).add_(self.centre.arrived_N)
+        self._base_N.copy_(self.centre.arrived_N)
+
+    def push(self) -> None:
+        """Collective over the replica. Add what has been learnt to the centre."""
+        vector_N = self._payload.pack()
+        self.centre.add(vector_N - self._base_N)
+        self._base_N.copy_(vector_N)
 
     def settle(self) -> None:
         """As `Rule.settle`. All last steps are pushed; all go on from one centre."""
         if self._members.size == 1:
             return
         self.centre.settle()
-        self._push()
+        self.push()
         self.centre.settle()
         self._base_N.copy_(self.centre.gather())
         self._payload.pack().copy_(self._base_N)
         self._payload.unpack()
 
-    def tally(self) -> dict[str, float]:
-        """As `Rule.tally`: this member's exchanges and what its piece of the centre was added."""
-        return {"exchanges": self._exchanges, "centre_version": self.centre.version}
-
-    def state(self) -> State:
-        """This member's piece of the centre. Local, after `settle`."""
-        return State({"centre": Placed(self.centre.piece_K, "per_rank", "reset")})
-
     def load_state(self, state: State) -> None:
-        """Local. At another number of ranks the centre starts afresh, at the parameters."""
-        self.centre.load(self._payload.pack())
-        if "centre" in state.tensors:
-            self.centre.piece_K.copy_(state.tensors["centre"].tensor)
+        """As `CentredRule.load_state`."""
+        super().load_state(state)
         self._base_N.copy_(self._payload.pack())
-
-    def _push(self) -> None:
-        vector_N = self._payload.pack()
-        self.centre.add(vector_N - self._base_N)
-        self._base_N.copy_(vector_N)

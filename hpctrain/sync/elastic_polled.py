@@ -18,12 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hpctrain.state import Placed, State
-from hpctrain.sync.centre import Centre
-from hpctrain.sync.rule import Ground, Moment, PolledRule
+from hpctrain.sync.centre import CentredRule
+from hpctrain.sync.rule import Ground
 
 
-class PolledElasticRule(PolledRule):
+class PolledElasticRule(CentredRule):
     """Runs `Elastic` with `asynchronous = true`.
 
     Args:
@@ -33,47 +32,11 @@ class PolledElasticRule(PolledRule):
     """
 
     def __init__(self, period: Callable[[float], int], alpha: float, ground: Ground) -> None:
-        self._period, self._alpha = period, alpha
-        self._payload = ground.payload
-        self._members = ground.members
-        self.centre = Centre(ground.members, ground.payload.pack())
-        self._asked = 0
-        self._exchanges = 0
+        super().__init__(period, ground)
+        self._alpha = alpha
 
-    def observe(self, at: Moment) -> None:
-        """Answer others; be pulled when the centre has come; ask when it is time. Local."""
-        if self._members.size == 1:
-            return
-        if self.centre.poll():
-            vector_N = self._payload.pack()
-            pull_N = torch.sub(vector_N, self.centre.arrived_N).mul_(self._alpha)
-            vector_N.sub_(pull_N)
-            self._payload.unpack()
-            self.centre.add(pull_N)
-            self._exchanges += 1
-        if at.step - self._asked >= self._period(at.epoch) and not self.centre.asking:
-            self._asked = at.step
-            self.centre.ask()
-
-    def settle(self) -> None:
-        """As `Rule.settle`. A question under way is given up and asked again later."""
-        if self._members.size > 1:
-            self.centre.settle()
-
-    def tally(self) -> dict[str, float]:
-        """As `Rule.tally`: this member's exchanges and what its piece of the centre was added."""
-        return {"exchanges": self._exchanges, "centre_version": self.centre.version}
-
-    def whole(self) -> Tensor:
-        """Collective, after `settle`. (N,) the centre."""
-        return self.centre.gather()
-
-    def state(self) -> State:
-        """This member's piece of the centre. Local, after `settle`."""
-        return State({"centre": Placed(self.centre.piece_K, "per_rank", "reset")})
-
-    def load_state(self, state: State) -> None:
-        """Local. At another number of ranks the centre starts afresh, at the parameters."""
-        self.centre.load(self._payload.pack())
-        if "centre" in state.tensors:
-            self.centre.piece_K.copy_(state.tensors["centre"].tensor)
+    def follow(self, vector_N: Tensor) -> None:
+        """As `CentredRule.follow`: what this member is pulled by, the centre gains."""
+        pull_N = torch.sub(vector_N, self.centre.arrived_N).mul_(self._alpha)
+        vector_N.sub_(pull_N)
+        self.centre.add(pull_N)

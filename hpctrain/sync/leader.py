@@ -113,7 +113,7 @@ class LeaderRule(PeriodicRule):
             share = self._config.drip / self._config.period(at.epoch)
             vector_N = self._ground.payload.pack()
             vector_N.lerp_(self._leader_N, share)
-            self._ground.payload.unpack()
+            self._ground.payload.unpack(met=False)
 
     def meet(self, at: Moment, vector_N: Tensor) -> None:
         """As `Rule.meet`."""

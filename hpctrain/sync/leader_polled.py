@@ -64,7 +64,10 @@ class PolledLeaderRule(PolledRule):
         """Steps by which the last leader's parameters were behind this member's own."""
 
     def observe(self, at: Moment) -> None:
-        """Note the loss, answer others, be pulled, hold an election when it is time. Local."""
+        """Note the loss, answer others, be pulled, hold an election when it is time.
+
+        Collective over the replica.
+        """
         self._score.observe(at.loss_sum, at.samples)
         if self._members.size == 1:
             return

@@ -86,12 +86,16 @@ class Payload:
             at += part.numel()
         return self._host
 
-    def unpack(self) -> None:
-        """Write the packed vector, as it has been changed, back. Local."""
+    def unpack(self, *, met: bool = True) -> None:
+        """Write the packed vector, as it has been changed, back. Local.
+
+        Args:
+            met: Reset the memory that is reset at meetings.
+        """
         if not self._in_place:
             at = 0
             for part in (self._params_P, *self._extra):
                 part.copy_(self._host[at : at + part.numel()].view(part.shape))
                 at += part.numel()
-        for memory in self._reset:
+        for memory in self._reset if met else ():
             memory.zero_()

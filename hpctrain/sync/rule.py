@@ -68,7 +68,7 @@ class Rule(Protocol):
     """Whether members make unequal numbers of steps."""
 
     def observe(self, at: Moment) -> None:
-        """See a step of this rank. Local; may pull the parameters."""
+        """See a step of this rank. Collective over the replica; may pull the parameters."""
         ...
 
     def due(self, at: Moment) -> bool:

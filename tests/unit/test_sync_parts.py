@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hpctrain.data.reserve import reserve
+from hpctrain.exchange.delayed import DelayedExchange
 from hpctrain.models.flat import FlatModel
 from hpctrain.sync.fedaware import FedAware
 from hpctrain.sync.leader import Leader
@@ -225,3 +226,41 @@ def test_probe_samples_are_nobodys_to_train_on():
     assert len(trained) == 40
     assert sorted(trained + probed) == list(range(50))
     assert (rest.labels() == np.array(trained) % 3).all()
+
+
+def test_momentum_is_reset_at_meetings_and_not_by_the_drip():
+    def body(comm):
+        flat = FlatModel(nn.Linear(2, 1, bias=False, dtype=torch.float64))
+        flat.params_P.add_(comm.rank)
+        memory_P = torch.ones(2, dtype=torch.float64)
+        alone = comm.split(comm.rank, 0)
+        payload = Payload(flat, {"velocity": memory_P}, alone, momentum="reset")
+        members = Members(comm, range(2), [0, 0], payload.size)
+        rule = Leader(every=2, drip=0.5).build(Ground(members, payload, flat.grad_norm))
+        kept = []
+        for step in (1, 2, 3):
+            memory_P.fill_(1.0)
+            at = Moment(Elapsed(step, 0.0), 0.1, float(comm.rank), 1)
+            rule.observe(at)
+            if rule.due(at):
+                rule.meet(at, payload.pack())
+                payload.unpack()
+            kept.append(float(memory_P.sum()))
+        return kept
+
+    assert run_threads(2, body) == [[2.0, 0.0, 2.0]] * 2
+
+
+def test_a_delayed_sum_that_is_not_finite_is_told_when_it_arrives():
+    def body(comm):
+        flat = FlatModel(nn.Linear(2, 1, bias=False))
+        exchange = DelayedExchange(flat, comm, delay=1)
+        told = []
+        for value in (1.0, float("inf"), 1.0):
+            flat.grads_P.fill_(value)
+            told.append(exchange.finish())
+            exchange.settle(keep=told[-1])
+        exchange.close()
+        return told
+
+    assert run_threads(2, body) == [[True, True, False]] * 2
