@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 EVERY = 4
 MEETINGS = (2, 10)
+DENSITY = 0.1
+"""Of qsparse, whose entries take 4 bytes as those of the vector do."""
 HEADERS, CONTROL_BYTES = 1.08, 64_000
 MODEL = Cnn(channels=[32, 64], hidden=1000)
 NONE = {"kind": "none"}
@@ -79,6 +81,7 @@ CASES = {
     "gossip, ring": rule(
         "gossip", lambda n, r: 2 * n if n * r > 2 else 2, graph="ring", measure_every=0
     ),
+    "qsparse": rule("qsparse", lambda n, r: n * (n * r - 1) * DENSITY, density=DENSITY),
     "fedaware": rule("fedaware", lambda n, r: (n - 1) * r + n * (n * r - 1) / (n * r)),
 }
 

@@ -32,6 +32,7 @@ def main() -> int:
             args.ranks,
             lambda comm: run_on(World(comm), loaded, options),
             node_of=[rank // args.per_node for rank in range(args.ranks)],
+            only_waits=True,
         )
     except RankError as error:
         if not isinstance(error.__cause__, NonFinite):

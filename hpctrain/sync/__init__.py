@@ -12,6 +12,7 @@ from hpctrain.sync.elastic import Elastic
 from hpctrain.sync.fedaware import FedAware
 from hpctrain.sync.gossip import Gossip
 from hpctrain.sync.leader import Leader
+from hpctrain.sync.qsparse import Qsparse
 
 
 def _kind(value: Any) -> Any:
@@ -25,7 +26,8 @@ SyncConfig = Annotated[
     | Annotated[Elastic, Tag("elastic")]
     | Annotated[Downpour, Tag("downpour")]
     | Annotated[Gossip, Tag("gossip")]
-    | Annotated[FedAware, Tag("fedaware")],
+    | Annotated[FedAware, Tag("fedaware")]
+    | Annotated[Qsparse, Tag("qsparse")],
     Discriminator(_kind),
 ]
 """The choices of `sync.kind`. A new rule is one more member of this union."""

@@ -3,8 +3,7 @@
 A replica is the ranks that hold equal parameters: a single rank, or the ranks that an exchange with
 a scope keeps equal. Place p of every replica carries part p of a vector to place p of the others,
 so a vector leaves a replica once however many ranks it has; inside, the parts are put together
-again. Where several replicas share a node, sums are taken in its shared memory first and one copy
-crosses the network, cut among the node's ranks.
+again. Where several replicas share a node, `NodeSum` sends one copy of a sum over the network.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hpctrain.state import shard_bounds
+from hpctrain.sync.node_sum import NodeSum
 from hpctrain.sync.relay import Relay
-from hpctrain.transport.communicator import Communicator, Mailbox, SharedWindow
+from hpctrain.transport.communicator import Communicator, Mailbox
 from hpctrain.transport.topology import numbered
 
 
@@ -34,6 +34,7 @@ class Members:
         inside: The ranks of this replica.
         across: The ranks at this rank's place in the group's replicas; None on a rank without a
             place, where its replica has more ranks than the smallest of the group.
+        part: What of a vector this rank carries; nothing without a place.
     """
 
     def __init__(
@@ -52,13 +53,11 @@ class Members:
         color = None if place is None else group_of[me] * comm.size + place
         self.across = comm.split(color, me)
         self._parts = [slice(*shard_bounds(n, p, places)) for p in range(places)]
-        self._part = self._parts[place] if place is not None else slice(0, 0)
-        self._window: SharedWindow | None = None
+        self.part = self._parts[place] if place is not None else slice(0, 0)
+        self._node_sum: NodeSum | None = None
         if self.across is not None and self.across.topology.n_nodes < self.across.size:
             longest = self._parts[0].stop - self._parts[0].start
-            self._window = self.across.node().window(longest * 8)
-            if self.across.topology.n_nodes > 1:
-                self.across.cross()
+            self._node_sum = NodeSum(self.across, longest * 8)
 
     def sum(self, vector_N: np.ndarray) -> None:
         """Collective over the group. In place: the sum over replicas, equal on all ranks.
@@ -69,8 +68,8 @@ class Members:
         if self.size == 1:
             return
         if self.across is not None:
-            self._sum_part(self.across, vector_N[self._part])
-        self._spread(vector_N)
+            (self._node_sum or self.across.allreduce)(vector_N[self.part])
+        self.spread(vector_N)
 
     def mean(self, vector_N: np.ndarray) -> None:
         """Collective over the group. In place: the mean over replicas, equal on all ranks."""
@@ -83,9 +82,9 @@ class Members:
         if self.size == 1:
             return
         if self.across is not None:
-            self.across.broadcast(vector_N[self._part], root)
+            self.across.broadcast(vector_N[self.part], root)
         if self.rank != root:
-            self._spread(vector_N)
+            self.spread(vector_N)
 
     def gather(self, numbers: Sequence[float]) -> np.ndarray:
         """Collective over the group. (size, len(numbers)) float64: what every replica said.
@@ -112,7 +111,7 @@ class Members:
         """
         arrived = [np.empty_like(vector_N) for _ in sources]
         if self.across is not None:
-            part, across = self._part, self.across
+            part, across = self.part, self.across
             under_way = [
                 across.irecv(received[part], source)
                 for received, source in zip(arrived, sources, strict=True)
@@ -121,7 +120,7 @@ class Members:
             for handle in under_way:
                 handle.wait()
         for received in arrived:
-            self._spread(received)
+            self.spread(received)
         return arrived
 
     def exchange_pieces(self, vector_N: np.ndarray) -> np.ndarray:
@@ -132,7 +131,7 @@ class Members:
         """
         if self.across is None:
             return np.empty((self.size, 0), vector_N.dtype)
-        part_K = vector_N[self._part]
+        part_K = vector_N[self.part]
         piece = -(-part_K.size // self.size)
         padded = np.zeros(piece * self.size, vector_N.dtype)
         padded[: part_K.size] = part_K
@@ -143,11 +142,26 @@ class Members:
     def join_pieces(self, piece_K: np.ndarray, vector_N: np.ndarray) -> None:
         """Collective over the group. `vector_N` becomes what all ranks' pieces make up."""
         if self.across is not None:
-            joined = np.empty(piece_K.size * self.size, vector_N.dtype)
-            self.across.iallgather(piece_K, joined).wait()
-            part_K = vector_N[self._part]
+            joined = self.gather_rows(piece_K).ravel()
+            part_K = vector_N[self.part]
             part_K[:] = joined[: part_K.size]
-        self._spread(vector_N)
+        self.spread(vector_N)
+
+    def gather_rows(self, row_K: np.ndarray) -> np.ndarray:
+        """Collective over the ranks at this place. (size, K): every replica's row.
+
+        Rows go round a ring, so that between nodes each crosses a link once; a non-blocking
+        all-gather of Open MPI's would send it to every rank of the other node.
+        """
+        assert self.across is not None
+        rows_MK = np.empty((self.size, row_K.size), row_K.dtype)
+        rows_MK[self.rank] = row_K
+        for turn in range(self.size - 1):
+            leaving, arriving = ((self.rank - turn - late) % self.size for late in (0, 1))
+            handle = self.across.irecv(rows_MK[arriving], (self.rank - 1) % self.size)
+            self.across.isend(rows_MK[leaving], (self.rank + 1) % self.size).wait()
+            handle.wait()
+        return rows_MK
 
     def sum_pieces(self, numbers: np.ndarray) -> None:
         """Collective over the group. In place: sums, over all pieces, of numbers of each piece."""
@@ -168,32 +182,11 @@ class Members:
 
     def close(self) -> None:
         """Collective over the group. Free the shared memory."""
-        if self._window is not None:
-            self._window.close()
+        if self._node_sum is not None:
+            self._node_sum.close()
 
-    def _spread(self, vector_N: np.ndarray) -> None:
-        """Collective over the replica. Every place's part to all of its ranks."""
+    def spread(self, vector_N: np.ndarray) -> None:
+        """Collective over the replica. In place: every place's part comes to all of its ranks."""
         if self.inside.size > 1:
             for place, part in enumerate(self._parts):
                 self.inside.broadcast(vector_N[part], place)
-
-    def _sum_part(self, across: Communicator, part_K: np.ndarray) -> None:
-        if self._window is None:
-            across.allreduce(part_K)
-            return
-        node, topology = across.node(), across.topology
-        seats = min(len(topology.ranks_on(number)) for number in range(topology.n_nodes))
-        boards = [piece[: part_K.nbytes].view(part_K.dtype) for piece in self._window.slices]
-        boards[node.rank][:] = part_K
-        self._window.fence()
-        if node.rank < seats:
-            mine = slice(*shard_bounds(part_K.size, node.rank, seats))
-            total = boards[0][mine].copy()
-            for board in boards[1:]:
-                total += board[mine]
-            if topology.n_nodes > 1:
-                across.cross().allreduce(total)
-            boards[0][mine] = total
-        self._window.fence()
-        part_K[:] = boards[0]
-        self._window.fence()

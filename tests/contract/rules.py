@@ -21,6 +21,7 @@ from hpctrain.sync.minnorm import min_norm_weights
 from hpctrain.sync.mixing import mixing_matrix
 from hpctrain.sync.outer import Nesterov, SlowMo
 from hpctrain.sync.payload import Payload
+from hpctrain.sync.qsparse import Qsparse
 from hpctrain.sync.rule import Ground, Moment
 from hpctrain.sync.rules import Rules, Running
 from hpctrain.sync.table import RuleTable
@@ -44,18 +45,22 @@ def start_N() -> np.ndarray:
     return np.random.default_rng(5).normal(size=N)
 
 
-def make_model() -> FlatModel:
-    module = nn.Linear(N, 1, bias=False, dtype=torch.float64)
+def make_model(dtype: torch.dtype = torch.float64) -> FlatModel:
+    module = nn.Linear(N, 1, bias=False, dtype=dtype)
     module.weight.data[:] = torch.from_numpy(start_N())
     return FlatModel(module)
 
 
 def train(
-    comm: Communicator, rules: list[RuleTable], groups: list[list[int]], rank: int | None = None
+    comm: Communicator,
+    rules: list[RuleTable],
+    groups: list[list[int]],
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> np.ndarray:
     """(STEPS, N): this rank's parameters after each step, with the gradients of `rank`."""
     rank = comm.rank if rank is None else rank
-    flat = make_model()
+    flat = make_model(dtype)
     sgd = Sgd().build(flat)
     running = []
     for number, (config, group_of) in enumerate(zip(rules, groups, strict=True)):
@@ -86,6 +91,7 @@ class Case:
     rule: RuleTable
     recursion: Recursion
     before: bool = False
+    dtype: torch.dtype = torch.float64
 
 
 def textbook(case: Case, size: int) -> np.ndarray:
@@ -183,6 +189,24 @@ def fedaware(x_MN: np.ndarray, step: int, memory: dict[str, np.ndarray]) -> None
         x_MN[:] = start
 
 
+def qsparse(density: float) -> Recursion:
+    def exchange(x_MN: np.ndarray, step: int, memory: dict[str, np.ndarray]) -> None:
+        if step % 2 or len(x_MN) == 1:
+            return
+        centre = memory.setdefault("centre", start_N())
+        m_MN = memory.setdefault("m", np.zeros_like(x_MN))
+        m_MN += centre - x_MN
+        sent_MN = np.zeros_like(x_MN)
+        for m, sent in zip(m_MN, sent_MN, strict=True):
+            largest = np.argsort(-abs(m))[: int(np.ceil(density * N))]
+            sent[largest] = m[largest]
+        m_MN -= sent_MN
+        centre -= sent_MN.mean(0)
+        x_MN[:] = centre
+
+    return exchange
+
+
 CASES = {
     "average": Case(Average(every=3), local_sgd),
     "average, schedule": Case(Average(schedule=[[0, 1], [0.55, 2]]), post_local),
@@ -197,14 +221,18 @@ CASES = {
     "gossip, one_peer": Case(Gossip(), dsgd("one_peer"), before=True),
     "gossip, full": Case(Gossip(graph="full"), dsgd("full"), before=True),
     "fedaware": Case(FedAware(every=3), fedaware),
+    "qsparse": Case(
+        Qsparse(every=2, density=0.4, value="float32"), qsparse(0.4), dtype=torch.float32
+    ),
 }
 
 
 def equals_textbook(comm: Communicator, case: Case) -> None:
     """Collective. Every step of every rank is the recursion's."""
-    seen = train(comm, [case.rule], [[0] * comm.size])
+    seen = train(comm, [case.rule], [[0] * comm.size], dtype=case.dtype)
     expected = textbook(case, comm.size)[:, comm.rank]
-    np.testing.assert_allclose(seen, expected, rtol=1e-9, atol=1e-12)
+    rtol = 1e-9 if case.dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(seen, expected, rtol=rtol, atol=1e-3 * rtol)
 
 
 def two_levels(comm: Communicator) -> None:
@@ -225,10 +253,12 @@ def two_levels(comm: Communicator) -> None:
     np.testing.assert_allclose(seen, expected, rtol=1e-9, atol=1e-12)
 
 
-def one_rank_is_a_no_op(comm: Communicator, config: RuleTable) -> None:
+def one_rank_is_a_no_op(
+    comm: Communicator, config: RuleTable, dtype: torch.dtype = torch.float64
+) -> None:
     """Collective. With one replica a rule without an outer optimiser changes nothing."""
     alone = comm.split(comm.rank)
     assert alone is not None
-    seen = train(alone, [config], [[0]], rank=comm.rank)
-    plain = train(alone, [], [], rank=comm.rank)
+    seen = train(alone, [config], [[0]], rank=comm.rank, dtype=dtype)
+    plain = train(alone, [], [], rank=comm.rank, dtype=dtype)
     np.testing.assert_array_equal(seen, plain)

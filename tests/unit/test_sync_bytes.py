@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpctrain.compress.wire import HEADER_BYTES
 from hpctrain.models.flat import FlatModel
 from hpctrain.sync.average import Average
 from hpctrain.sync.downpour import Downpour
@@ -20,6 +21,7 @@ from hpctrain.sync.members import Members
 from hpctrain.sync.mixing import mixing_matrix
 from hpctrain.sync.outer import Nesterov, SlowMo
 from hpctrain.sync.payload import Payload
+from hpctrain.sync.qsparse import Qsparse
 from hpctrain.sync.rule import Ground, Moment
 from hpctrain.sync.table import RuleTable
 from hpctrain.sync.trigger import Elapsed
@@ -76,7 +78,8 @@ RULES: dict[str, tuple[RuleTable, Sent]] = {
 
 
 def rule_of(config: RuleTable, comm: Communicator, n: int) -> tuple[FlatModel, Ground]:
-    module = nn.Linear(n, 1, bias=False, dtype=torch.float64)
+    dtype = torch.float32 if isinstance(config, Qsparse) else torch.float64
+    module = nn.Linear(n, 1, bias=False, dtype=dtype)
     torch.nn.init.constant_(module.weight, 1.0 + comm.rank)
     flat = FlatModel(module)
     flat.grads_P.fill_(1.0)
@@ -119,6 +122,15 @@ def test_fedaware(form: str, node_of: list[int]) -> None:
     average = 2 * max(node_of) if form == "projection" else 0
     vectors = pieces(node_of) + ring(node_of) + average
     assert long - short == vectors * (LONG - SHORT) * 8
+
+
+@pytest.mark.parametrize("node_of", LAYOUTS, ids=str)
+def test_qsparse(node_of: list[int]) -> None:
+    """Every replica's picked entries pass all edges of a ring but one, 4 bytes each."""
+    config, rows = Qsparse(every=1, density=0.1), ring(node_of) * len(node_of)
+    short, long = (sent_by_a_meeting(config, node_of, n) for n in (SHORT, LONG))
+    assert long - short == rows * (LONG - SHORT) // 10 * 4
+    assert short - rows * (SHORT // 10 * 4 + HEADER_BYTES) < 256
 
 
 @pytest.mark.parametrize("node_of", LAYOUTS, ids=str)

@@ -83,6 +83,9 @@ def test_verbs_do_what_they_say(node_of, by_node):
         rows = members.exchange_pieces(x)
         joined = np.empty(7)
         members.join_pieces(rows.sum(0), joined)
+        if members.across is not None:
+            told = members.gather_rows(np.array([mine, 3]))
+            np.testing.assert_array_equal(told, [[number, 3] for number in range(count)])
         np.testing.assert_allclose(joined, mean * count)
         gram = rows @ rows.T
         members.sum_pieces(gram)
