@@ -11,9 +11,9 @@ each in float16). Memory: three vectors. With one replica nothing happens.
 
 What else travels (buffers; momentum that is mixed) is averaged whole.
 
-Source: Basu et al. 2019, arXiv 1906.02367, algorithm 1 with Q the rounding to `value` and Comp_k the
-top k. Difference: k is counted over the whole vector (over each rank's part of it in a replica of
-several ranks), not layer by layer.
+Source: Basu et al. 2019, arXiv 1906.02367, algorithm 1 with Q the rounding to `value` and Comp_k
+the top k. Difference: k is counted over the whole vector (over each rank's part of it in a replica
+of several ranks), not layer by layer.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class QsparseRule(PeriodicRule):
         params_P = ground.payload.pack()[: ground.payload.n_params]
         if params_P.dtype != torch.float32:
             raise ConfigError(
-                f'[[sync]] kind = "qsparse" sends float32 movements; the model is {params_P.dtype}. '
-                'Set train.dtype = "float32"'
+                f'[[sync]] kind = "qsparse" sends float32 movements and the model is '
+                f'{params_P.dtype}; set train.dtype = "float32"'
             )
         self._centre_P = params_P.clone()
         self._memory_P = torch.zeros_like(params_P)
@@ -108,9 +108,7 @@ class QsparseRule(PeriodicRule):
         return State(tensors, self._trigger.counters())
 
     def load_state(self, state: State) -> None:
-        """Local. At another number of replicas all take the old ones' mean memory, whose mean over
-        replicas stays what it was.
-        """
+        """Local. Another number of replicas take the old ones' mean memory, which keeps the mean."""
         self._centre_P.copy_(state.tensors["centre"].tensor)
         self._memory_P.copy_(state.tensors["memory"].tensor)
         self._trigger.load_counters(state.counters)
