@@ -108,7 +108,7 @@ class QsparseRule(PeriodicRule):
         return State(tensors, self._trigger.counters())
 
     def load_state(self, state: State) -> None:
-        """Local. Another number of replicas take the old ones' mean memory, which keeps the mean."""
+        """Local. With other replicas all take the old ones' mean memory, so the mean stays."""
         self._centre_P.copy_(state.tensors["centre"].tensor)
         self._memory_P.copy_(state.tensors["memory"].tensor)
         self._trigger.load_counters(state.counters)
