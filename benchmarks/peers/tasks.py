@@ -219,7 +219,7 @@ SYSTEMS = {
         f"hpctrain Qsparse {100 * density:g} %, every {every}": replicas(
             {"kind": "qsparse", "every": every, "density": density}
         )
-        for density, every in ((0.015, 4), (0.03, 8), (0.06, 16), (0.1, 32), (0.02, 16))
+        for density, every in ((0.015, 4), (0.03, 4), (0.03, 8), (0.06, 16), (0.1, 32), (0.02, 16))
     },
     "hpctrain Qsparse 3 %, every 8, between nodes": replicas(
         {"kind": "qsparse", "every": 8, "density": 0.03}, exchange=NODES

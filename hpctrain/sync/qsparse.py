@@ -74,6 +74,7 @@ class QsparseRule(PeriodicRule):
         self._count = math.ceil(config.density * n)
         self._coding = Coding("block16", config.value)
         self._selector = Selector(max(n, 1))
+        self._meetings = 0
         self._spread = True
         """Whether all ranks of the replica hold the whole memory."""
 
@@ -85,7 +86,7 @@ class QsparseRule(PeriodicRule):
             return
         square = np.zeros(1)
         if members.across is not None:
-            square[0] = self._exchange(at.step, vector_N)
+            square[0] = self._exchange(vector_N)
         members.sum_pieces(square)
         if not math.isfinite(square[0]):
             raise NonFinite("the parameters of a replica are inf or NaN")
@@ -94,6 +95,7 @@ class QsparseRule(PeriodicRule):
         if vector_N.numel() > n_params:
             members.mean(vector_N[n_params:].numpy())
         self._spread = members.inside.size == 1
+        self._meetings += 1
         self.held(at, {"memory_norm": math.sqrt(square[0] / members.size)})
 
     def settle(self) -> None:
@@ -105,15 +107,16 @@ class QsparseRule(PeriodicRule):
     def state(self) -> State:
         """The centre, and each replica's own memory. Local, after `settle`."""
         tensors = {"centre": Placed(self._centre_P), "memory": Placed(self._memory_P)}
-        return State(tensors, self._trigger.counters())
+        return State(tensors, self._trigger.counters() | {"meetings": self._meetings})
 
     def load_state(self, state: State) -> None:
         """Local. With other replicas all take the old ones' mean memory, so the mean stays."""
         self._centre_P.copy_(state.tensors["centre"].tensor)
         self._memory_P.copy_(state.tensors["memory"].tensor)
         self._trigger.load_counters(state.counters)
+        self._meetings = int(state.counters["meetings"] or 0)
 
-    def _exchange(self, step: int, vector_N: Tensor) -> float:
+    def _exchange(self, vector_N: Tensor) -> float:
         """Collective over the ranks at this place. Move this rank's part of the centre.
 
         Returns:
@@ -127,9 +130,9 @@ class QsparseRule(PeriodicRule):
         slot = Slot(message, n, self._count, coding)
         picked = self._selector.pick(memory_K, self._count)
         entries = picked if picked.finite else _NOTHING
-        memory_K[entries.indices_K] -= slot.write(step, 0, entries, Header(picked.finite))
+        memory_K[entries.indices_K] -= slot.write(self._meetings, 0, entries, Header(picked.finite))
         for row in members.gather_rows(message):
-            header, indices, values = Slot(row, n, self._count, coding).read(step, 0)
+            header, indices, values = Slot(row, n, self._count, coding).read(self._meetings, 0)
             if not header.finite:
                 return math.inf
             centre_K[indices] -= values / np.float32(members.size)

@@ -16,6 +16,11 @@ import pytest
 
 from hpctrain.runs.status import Status
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "hpctrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -177,6 +182,13 @@ def test_files_are_short(file):
     limit = 200 if method else 299
     lines = len(file.read_text().splitlines())
     assert lines <= limit, f"{lines} lines, at most {limit}: one thing per file, split it"
+
+
+def test_an_installation_has_every_room():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        setuptools = tomllib.load(file)["tool"]["setuptools"]
+    rooms = {".".join(file.parent.relative_to(ROOT).parts) for file in FILES}
+    assert set(setuptools["packages"]) == rooms | set(setuptools["package-dir"])
 
 
 def test_no_room_of_leftovers():
