@@ -163,16 +163,19 @@ def density(results: Path) -> Figure:
 
 def time_to_target(results: Path, record: str = "time_to_target.json") -> Figure:
     """The target's measure against seconds and against MB sent per node; a line per seed."""
-    groups = [g for g in read(results / record)["groups"] if g["rate"]]
+    groups, drawn = [], []
+    for group in read(results / record)["groups"]:
+        systems = group["systems"].items()
+        shown = {n: found for n, found in systems if "curves" in found and "step_s" in found}
+        if group["rate"] and shown:
+            groups.append(group)
+            drawn.append(shown)
     title = "Whole trainings: steps of the unshaped run x the shaped step"
     figure, panels = panels_of(len(groups), 2, (10, 3.6 * len(groups)), title, sharey="row")
     peers = dict.fromkeys(
         name for g in groups for name in g["systems"] if not name.startswith("hpctrain")
     )
     colors = {name: f"C{1 + place % 9}" for place, name in enumerate(peers)}
-    drawn = [
-        {n: s for n, s in g["systems"].items() if "curves" in s and "step_s" in s} for g in groups
-    ]
     times: dict[str, float] = {}
     for shown in drawn:
         for name in shown.keys() - peers.keys():
