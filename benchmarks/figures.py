@@ -181,7 +181,8 @@ def time_to_target(results: Path, record: str = "time_to_target.json") -> Figure
         for name in shown.keys() - peers.keys():
             times[name] = min(times.get(name, np.inf), shown[name].get("time_s", np.inf))
     fastest_first = sorted(times, key=lambda name: (times[name], name))
-    styles = dict(zip(fastest_first, ("-", "--", ":", "-."), strict=False))
+    lines = ("-", "--", ":", "-.", (0, (6, 1)), (0, (1, 3)), (0, (4, 1, 1, 1, 1, 1)))
+    styles = dict(zip(fastest_first, lines, strict=False))
     for number, (group, shown) in enumerate(zip(groups, drawn, strict=True)):
         row = panels[2 * number : 2 * number + 2]
         target = Target.parse(group["target"])
