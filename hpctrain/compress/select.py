@@ -41,6 +41,10 @@ class Picked:
     """False: the vector holds inf or NaN, and the entries mean nothing."""
 
 
+NOTHING = Picked(np.empty(0, np.uint32), np.empty(0, np.float32), finite=True)
+"""No entries."""
+
+
 def whole(start: int, stop: int) -> None:
     """Prepares nothing: the vector is ready as it is."""
 

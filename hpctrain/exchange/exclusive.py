@@ -25,9 +25,9 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 
 from hpctrain.compress.feedback_device import AnyFeedback
-from hpctrain.compress.select import Picked, Selector
+from hpctrain.compress.select import NOTHING, Picked, Selector
 from hpctrain.compress.wire import Coding, Header
-from hpctrain.exchange.gather import NOTHING, agreed, slots_in
+from hpctrain.exchange.gather import agreed, slots_in
 from hpctrain.exchange.parties import Agreed
 from hpctrain.state import Span, shard_bounds
 from hpctrain.transport.communicator import Communicator, Handle

@@ -16,13 +16,11 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 
 from hpctrain.compress.feedback_device import AnyFeedback
-from hpctrain.compress.select import Picked, Selector
+from hpctrain.compress.select import NOTHING, Selector
 from hpctrain.compress.wire import Coding, Header, Slot
 from hpctrain.exchange.parties import Agreed
 from hpctrain.state import Span
 from hpctrain.transport.communicator import Communicator, Handle
-
-NOTHING = Picked(np.empty(0, np.uint32), np.empty(0, np.float32), finite=True)
 
 
 class Gather:

@@ -22,10 +22,10 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 
 from hpctrain.compress.feedback_device import AnyFeedback
-from hpctrain.compress.select import Picked, Selector, largest
+from hpctrain.compress.select import NOTHING, Picked, Selector, largest
 from hpctrain.compress.wire import Coding, Header, Slot
 from hpctrain.exchange.cyclic import Cyclic
-from hpctrain.exchange.gather import NOTHING, agreed, slots_in
+from hpctrain.exchange.gather import agreed, slots_in
 from hpctrain.exchange.parties import Agreed
 from hpctrain.state import Span
 from hpctrain.transport.communicator import Communicator, Handle

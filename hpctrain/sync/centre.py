@@ -7,6 +7,7 @@ piece of which is some versions old at most. Nobody waits for anybody.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -121,7 +122,7 @@ class Centre:
         return self.piece_K.numpy().dtype
 
 
-class CentredRule(PolledRule):
+class CentredRule(PolledRule, ABC):
     """What the rules around a centre share: ask for it, go on training, go by it when it has come.
 
     Args:
@@ -137,9 +138,9 @@ class CentredRule(PolledRule):
         self._asked = 0
         self._exchanges = 0
 
+    @abstractmethod
     def follow(self, vector_N: Tensor) -> None:
         """The centre has come, in `centre.arrived_N`: change (N,) parameters in place. Local."""
-        raise NotImplementedError
 
     def push(self) -> None:
         """Collective over the replica. What is to reach the centre before it is asked for."""

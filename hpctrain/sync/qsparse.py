@@ -26,14 +26,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpctrain.compress.select import Picked, Selector
+from hpctrain.compress.select import NOTHING, Selector
 from hpctrain.compress.wire import Coding, Header, Slot
 from hpctrain.errors import ConfigError, NonFinite
 from hpctrain.state import Placed, State
 from hpctrain.sync.rule import Ground, Moment, PeriodicRule
 from hpctrain.sync.table import RuleTable
-
-_NOTHING = Picked(np.empty(0, np.uint32), np.empty(0, np.float32), finite=True)
 
 
 class Qsparse(RuleTable):
@@ -123,17 +121,17 @@ class QsparseRule(PeriodicRule):
             |memory|² of the part; inf where some replica's movement is not finite.
         """
         members, part = self._ground.members, self._part
+        self._memory_P[part] += self._centre_P[part] - vector_N[part]
         centre_K, memory_K = self._centre_P[part].numpy(), self._memory_P[part].numpy()
-        memory_K += centre_K - vector_N[part].numpy()
         n, coding = len(memory_K), self._coding
         message = np.zeros(coding.slot_bytes(n, self._count), np.uint8)
         slot = Slot(message, n, self._count, coding)
         picked = self._selector.pick(memory_K, self._count)
-        entries = picked if picked.finite else _NOTHING
+        entries = picked if picked.finite else NOTHING
         memory_K[entries.indices_K] -= slot.write(self._meetings, 0, entries, Header(picked.finite))
         for row in members.gather_rows(message):
             header, indices, values = Slot(row, n, self._count, coding).read(self._meetings, 0)
             if not header.finite:
                 return math.inf
             centre_K[indices] -= values / np.float32(members.size)
-        return float(memory_K @ memory_K)
+        return float(torch.linalg.vector_norm(self._memory_P[part], dtype=torch.float64)) ** 2

@@ -159,6 +159,29 @@ def test_a_node_is_one_replica(size, tmp_path):
     assert parts[0].results["loss"] == pytest.approx(whole[0].results["loss"], rel=1e-10)
 
 
+@pytest.mark.parametrize("node_of", [[0, 1], [0, 0, 1, 1], [0, 1, 1]], ids=str)
+def test_qsparse_between_nodes(node_of, tmp_path):
+    """All entries at every step: synchronous SGD. Some of them: resumed bitwise, memory and all."""
+    exchange, size = {"kind": "dense", "scope": "node", "dense_backend": "mpi"}, len(node_of)
+    rule = {"kind": "qsparse", "every": 1, "density": 1.0, "value": "float32"}
+    tree = BASE | {"train": {"steps": 25}, "exchange": exchange}
+    whole = train(tree | {"exchange": {"kind": "dense"}}, 1, tmp_path / "dense")
+    parts = train(tree | {"sync": [rule]}, size, tmp_path / "node", node_of)
+    # The mean of replicas is that of samples where nodes are equal; of unequal ones it only learns.
+    if node_of.count(0) == node_of.count(1):
+        assert parts[0].results["loss"] == pytest.approx(whole[0].results["loss"], rel=1e-4)
+    tree |= {"sync": [{"kind": "qsparse", "every": 3, "density": 0.2}], "lr": {"base": 0.1}}
+    straight = train(tree, size, tmp_path / "straight", node_of)[0].results
+    train(tree | {"train": {"steps": 14}}, size, tmp_path / "cut", node_of)
+    assert train(tree, size, tmp_path / "cut", node_of, resume="auto")[0].results == straight
+
+
+def test_qsparse_refuses_what_is_not_finite(tmp_path):
+    tree = BASE | {"train": {"steps": 8}, "lr": {"base": 1e30}, "sync": RULES["qsparse"]}
+    with pytest.raises(RankError, match="inf or NaN"):
+        train(tree, 2, tmp_path / "run")
+
+
 @pytest.mark.parametrize("rule", ["leader, asynchronous", "elastic, asynchronous", "downpour"])
 def test_ranks_of_a_replica_stay_equal_at_their_own_pace(rule, tmp_path):
     exchange = {"kind": "dense", "scope": "node", "dense_backend": "mpi"}
