@@ -37,6 +37,7 @@ LAYERS = [
     {"exchange", "sync", "batch", "regularise", "runs", "agreement"},
     {
         "compress",
+        "stats",
         "data",
         "models",
         "optimiser",

@@ -1,0 +1,1 @@
+"""What gradients say about the batch size: estimators without communication."""
