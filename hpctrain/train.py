@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hpctrain.batch import Seen
 from hpctrain.data.loader import Batch
 from hpctrain.errors import NonFinite
 from hpctrain.models.loss import per_sample_loss
@@ -36,8 +37,8 @@ def run_training(session: Session) -> str | None:
         if session.evaluation_due():
             evaluate(session)
         began = time.perf_counter()
-        batch_global = session.policy.decide(session.clock.samples)
-        batch = session.loader.next(batch_global, session.clock.samples_left)
+        decision = session.policy.decide(seen(session))
+        batch = session.loader.next(decision.batch_global, session.clock.samples_left)
         lr = session.lr_for(batch)
         step = train_step(session, batch, lr, began)
         session.clock.advance(batch.batch_global, batch.batch_local)
@@ -50,6 +51,12 @@ def run_training(session: Session) -> str | None:
     evaluate(session)
     session.save_and_wait(stopped=False)
     return None
+
+
+def seen(session: Session) -> Seen:
+    """Local. What the batch policy knows before the next step."""
+    clock = session.clock
+    return Seen(clock.step, clock.samples, clock.epoch, clock.samples_per_epoch, session.comm.size)
 
 
 def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepped:
@@ -186,7 +193,7 @@ def refuse_update(session: Session, mine: bool) -> None:
 
 def rehearse(session: Session) -> list[str]:
     """Collective. One gradient without an update or a file; what memory it takes, in words."""
-    batch_global = session.policy.decide(session.clock.samples)
+    batch_global = session.policy.decide(seen(session)).batch_global
     batch = session.loader.next(batch_global, session.clock.samples_left)
     gradient(session, batch)
     flat_bytes = session.flat.n_params * session.flat.params_P.element_size()
