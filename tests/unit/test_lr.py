@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hpctrain.batch import Fixed
 from hpctrain.batch.lr import LrConfig
 
 N = 1000
@@ -127,14 +126,3 @@ def test_impossible_tables_are_refused(table):
 def test_a_validated_table_survives_dumping():
     config = LrConfig(base=0.1, schedule="cosine", warmup_epochs=1.0)
     assert LrConfig(**config.model_dump(exclude_none=True)) == config
-
-
-def test_fixed_batch_never_changes():
-    policy = Fixed(batch_global=96, micro_batch=16).build()
-    assert {policy.decide(s) for s in (0, 95, 10**9)} == {96}
-    state = policy.state()
-    assert (state.tensors, state.counters) == ({}, {})
-    policy.load_state(state)
-    for table in ({"batch_global": 0}, {"batch_global": 8, "micro_batch": 9}, {"micro_batch": 129}):
-        with pytest.raises(ValidationError):
-            Fixed(**table)
