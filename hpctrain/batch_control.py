@@ -83,7 +83,8 @@ class BatchControl:
         ended, self._epochs = epochs > self._epochs, epochs
         if ended:
             self._close_epoch()
-        looks = bool(self._config.needs) or self._lr.kind == "adascale"
+        asked = bool(self._config.needs) or self._lr.kind == "adascale"
+        looks = asked and not self._config.replays
         if self._held and looks and not ended and clock.step % self._config.check_every:
             return Next(self._held)
         seen = self._seen(clock)
@@ -91,8 +92,12 @@ class BatchControl:
         found = replace(found, gain=found.gain * self._rule_gain(found.batch_global, seen.noise))
         before, self._held = self._held, found
         resized = before is not None and before.batch_global != found.batch_global
-        changed = before is None or resized or before.gain != found.gain
-        return Next(found, considered=changed or bool(found.reason), changes_batch=resized)
+        if not found.reason and before is None:
+            start = f"{found.batch_global} to start with"
+            found = replace(found, reason=start, facts={"splits": seen.splits})
+        elif before is not None and not found.reason and before.gain != found.gain:
+            found = replace(found, reason=f"step size x {found.gain:.3g}")
+        return Next(found, considered=bool(found.reason), changes_batch=resized)
 
     def take(self, sums: GroupSums | None) -> None:
         """Local. A step's groups, with the step's mean gradient in the flat gradient."""
@@ -150,6 +155,7 @@ class BatchControl:
             latest=self._measurement.latest,
             times=self._times.times,
             epoch_diversity=self._epoch_b_s,
+            splits=self._measurement.form == "pieces",
         )
 
     def _rule_gain(self, batch_global: int, noise: NoiseEstimate | None) -> float:

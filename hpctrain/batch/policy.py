@@ -46,6 +46,8 @@ class Seen:
     epoch_diversity: float | None = None
     """n * Delta of the last whole epoch by DiveBatch's estimator, or its exact value at the end of
     that epoch, for the policy that asks for it."""
+    splits: bool = False
+    """Whether a single rank takes some shares in two passes to measure its noise."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,17 @@ LAYERS = [
     {"measurement"},
     {"meter"},
     {"config", "journal", "hardware", "place", "views", "timing"},
-    {"exchange", "sync", "batch", "regularise", "runs", "agreement", "sketches", "throttle"},
+    {
+        "exchange",
+        "sync",
+        "batch",
+        "regularise",
+        "runs",
+        "agreement",
+        "sketches",
+        "throttle",
+        "forms",
+    },
     {
         "compress",
         "stats",

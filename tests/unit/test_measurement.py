@@ -13,7 +13,8 @@ from torch import nn
 from hpctrain.control import Sums
 from hpctrain.data.loader import Batch, MicroBatches
 from hpctrain.errors import ConfigError
-from hpctrain.measurement import INSIDE_EVERY, PIECES_EVERY, Measurement, choose_form
+from hpctrain.forms import choose_form
+from hpctrain.measurement import INSIDE_EVERY, PIECES_EVERY, Measurement
 from hpctrain.models.flat import FlatModel
 from hpctrain.sketches import SIZE, Sketch
 from hpctrain.stats.noise import GroupSums
@@ -59,8 +60,7 @@ class Step:
 def take_step(comm: Communicator, cuts: list[int], step: int, form: Any, micro: int) -> Step:
     """Measure one step of a rank whose samples stand between two cuts."""
     flat, start, stop = model(), cuts[comm.rank], cuts[comm.rank + 1]
-    inside = form != "off"
-    measurement = Measurement(form, comm, flat, 11, look_inside=inside)
+    measurement = Measurement(form, comm, flat, 11)
     own, total = stop - start, cuts[-1] - cuts[0]
     parts: MicroBatches | tuple[()] = ()
     if own:
@@ -81,7 +81,7 @@ def take_step(comm: Communicator, cuts: list[int], step: int, form: Any, micro: 
     found = measurement.settled(told, total)
     if form == "sketch":
         measurement.settle()
-        found = measurement.latest
+        found = measurement._arrived
     return Step(found, list(measurement._looks))
 
 
