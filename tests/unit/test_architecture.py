@@ -30,11 +30,11 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"api", "drop_in"},
-    {"launch", "doctor"},
+    {"launch", "doctor", "appraisal"},
     {"train", "assemble"},
     {"session", "reconcile"},
     {"config", "journal", "hardware", "place", "views"},
-    {"exchange", "sync", "batch", "regularise", "runs", "agreement"},
+    {"exchange", "sync", "batch", "regularise", "runs", "agreement", "census"},
     {
         "compress",
         "stats",
