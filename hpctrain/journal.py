@@ -80,6 +80,7 @@ class Journal:
         source: BytesSource,
         exchange: dict[str, float],
         sync: dict[str, float],
+        regulariser: dict[str, float],
     ) -> None:
         """A step is done.
 
@@ -92,6 +93,7 @@ class Journal:
             source: Of the bytes.
             exchange: The exchange's own numbers.
             sync: The rules' own numbers.
+            regulariser: The regularisers' own numbers.
         """
         if sums is not None:
             due = self._due.due(clock.step) or self._steps == 0 or clock.done
@@ -105,6 +107,7 @@ class Journal:
                     batch_global=batch_global,
                     bytes_source=source,
                     sync=sync or None,
+                    regulariser=regulariser or None,
                     **exchange,
                     **self._rates(sums),
                 )

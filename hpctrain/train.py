@@ -71,8 +71,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     """
     fetched = time.perf_counter()
     session.flat.zero_grad()
-    for perturbation in session.perturbations:
-        perturbation.perturb(session.clock.own_step, partial(gradient, session, batch))
+    session.regularisers.perturb(session.clock.own_step, partial(gradient, session, batch))
     losses: list[Tensor] = []
     if not batch.micro_batches:
         session.exchange.arm(lr)
@@ -81,8 +80,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
         if position == len(batch.micro_batches):
             session.exchange.arm(lr)
         losses.append(backward(session, inputs, targets, batch.batch_replica))
-    for perturbation in reversed(session.perturbations):
-        perturbation.restore()
+    session.regularisers.restore()
     loss, correct = torch.stack(losses).sum(0).tolist() if losses else (0.0, 0.0)
     computed = time.perf_counter()
     session.watchdog.beat(session.clock.step, "exchange")
@@ -100,6 +98,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     session.rules.before_update(moment)
     mixed = time.perf_counter()
     if finite and batch.batch_replica and session.exchange.ready:
+        session.regularisers.adjust_gradient(session.clock.own_step, batch.batch_replica)
         session.optimiser.step(lr)
     updated = time.perf_counter()
     session.rules.after_update(moment)
