@@ -34,6 +34,7 @@ from hpctrain.optimiser import AppliedUpdate
 from hpctrain.place import Place, claimed
 from hpctrain.randomness import RandomState
 from hpctrain.reconcile import caution, find_scopes, hold_probe, make_rules
+from hpctrain.regularise.regularisers import Regularisers
 from hpctrain.replicas import Replicas
 from hpctrain.runs import environment, restore
 from hpctrain.runs.checkpoint import Checkpointer
@@ -154,7 +155,9 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             replicas=replicas,
             agreement=Agreement(comm, replicas, own_pace=rules.own_pace),
             rules=rules,
-            perturbations=[r.build(flat, run.seed + replicas.mine) for r in run.regulariser],
+            regularisers=Regularisers(
+                [(r.kind, r.build(flat, run.seed + replicas.mine)) for r in run.regulariser]
+            ),
             views=Views(flat, replicas, comm),
             random=random,
             watchdog=watchdog,
