@@ -105,13 +105,14 @@ class Session:
 
     def lr_for(self, batch: Batch, gain: float) -> float:
         """Local. The step size of the next step, for as many samples as one update takes."""
-        return gain * self.lr.lr_at(
+        return self.lr.lr_at(
             self.clock.samples,
             self.clock.total_samples,
             self.clock.samples_per_epoch,
             batch.batch_global,
             batch.batch_replica or 1,
             getattr(self.run.exchange, "delay", 0),
+            gain=gain,
         )
 
     def moment(self, lr: float, loss: float, samples: int) -> Moment:
