@@ -61,7 +61,7 @@ class CosinePolicy(LookingPolicy):
         self._cosine = table
 
     def look(self, seen: Seen) -> Decision:
-        """The batch for the steps to come, with a reason. Local; changes nothing."""
+        """The batch for the steps to come, with a reason. Local."""
         noise, table = seen.noise, self._cosine
         facts: Facts = {**noise_facts(noise), "action": "keep"}
         if noise is None:

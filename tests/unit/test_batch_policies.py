@@ -19,6 +19,7 @@ from hpctrain.batch.goodput import Goodput
 from hpctrain.batch.normtest import NormTest
 from hpctrain.batch.planner import best_batch, efficiency, floor_batch, goodput, ladder, scaled
 from hpctrain.batch.replay import Replay
+from hpctrain.batch.times import TimesFit
 from hpctrain.errors import ConfigError
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
@@ -181,6 +182,46 @@ def test_goodput_shrinks_below_the_efficiency_floor_whatever_the_gain():
     assert "less than 80 %" in decision.reason
 
 
+def one_size(b_half):
+    return StepTimes(b_half * 1e-4, 1e-4, from_one_size=True)
+
+
+def test_goodput_tries_twice_the_batch_once_where_one_size_was_timed():
+    policy, estimate = wide().build(), noise(1000)
+    trial = policy.decide(seen(10, noise=estimate, times=one_size(20)))
+    assert (trial.batch_global, trial.facts["action"]) == (256, "trial")
+    assert trial.reason.startswith("128 -> 256: a trial")
+    back = policy.decide(seen(30, noise=estimate, times=times(20)))
+    assert (back.batch_global, back.facts["action"]) == (128, "shrink")
+    assert back.reason.startswith("256 -> 128: nothing in reach is better")
+    assert policy.decide(seen(60, noise=estimate, times=one_size(20))).batch_global == 128
+
+
+def test_goodput_goes_on_from_a_trial_that_showed_more():
+    policy, estimate = wide().build(), noise(5001)
+    policy.decide(seen(10, noise=estimate, times=one_size(2)))
+    assert policy.decide(seen(30, noise=estimate, times=times(800))).batch_global == 512  # 4 x 128
+
+
+def test_goodput_grows_without_a_trial_and_tries_within_its_bounds():
+    grown = wide().build().decide(seen(10, noise=noise(5001), times=one_size(800)))
+    assert (grown.batch_global, grown.facts["action"]) == (512, "grow")
+    narrow = Goodput(batch_global=128, batch_max=255).build()
+    assert narrow.decide(seen(10, noise=noise(1000), times=one_size(2))).batch_global == 128
+    kept = wide(efficiency_floor=0.9).build()
+    assert kept.decide(seen(10, noise=noise(1000), times=one_size(2))).batch_global == 128
+
+
+def test_goodput_finds_the_slope_that_one_size_hides():
+    """A pass costs as much as 400 samples: 8 samples a rank look all compute, and are not."""
+    policy, fit = Goodput(batch_global=32, batch_max=4096).build(), TimesFit()
+    for step in range(200):
+        known = {"noise": noise(1001), "times": fit.times} if step > 8 else {}
+        batch = policy.decide(seen(step, **known)).batch_global
+        fit.add(batch, 0.001 + 0.04 + 1e-4 * batch, 0.04 + 1e-4 * batch)
+    assert batch in (512, 1024)  # B* = 640
+
+
 def test_goodput_names_the_bound_that_holds():
     def cap(b_s, b_half, **keys):
         facts = wide(**keys).build().decide(seen(5, noise=noise(b_s), times=times(b_half))).facts
@@ -215,7 +256,11 @@ MEASURED = st.one_of(
     ),
     st.builds(lambda low: noise(None, low=low), st.floats(1.0, 1e7)),
 )
-TIMES = st.one_of(st.none(), st.builds(times, st.floats(1e-6, 1e6), st.floats(1e-9, 1e-1)))
+TIMES = st.one_of(
+    st.none(),
+    st.builds(times, st.floats(1e-6, 1e6), st.floats(1e-9, 1e-1)),
+    st.builds(one_size, st.floats(1e-6, 1e6)),
+)
 LATEST = st.one_of(
     st.none(),
     st.builds(
