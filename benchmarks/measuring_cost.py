@@ -1,4 +1,4 @@
-"""What measuring gradient noise costs: time, bytes and memory, with `batch.measure` on auto and off.
+"""What measuring gradient noise costs: time, bytes and memory, `batch.measure` auto against off.
 
     python -m benchmarks.measuring_cost --data DIR [--ranks 2] [--steps 120] --out FILE.json
 
@@ -58,7 +58,8 @@ def run(name: str, per_rank: int, measure: str, args: argparse.Namespace) -> dic
             stdout=subprocess.DEVNULL,
             timeout=1200,
         )
-        lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").open()]
+        text = Path(folder, "run/metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
         steps = [line for line in lines if line["kind"] == "step"]
         largest = max(int(path.read_text()) for path in Path(folder).glob("rss.*"))
     later = [line for line in steps if line["step"] > args.steps // 4]

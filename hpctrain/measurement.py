@@ -10,15 +10,18 @@ How, follows from the exchange and the replicas (`choose_form`):
              is at its own parameters, and their differences count as noise
 
 What is measured is the gradient of the data: before compression, clipping, decay and penalties.
-The time spent is measured too; where it is over `COST_LIMIT` of a step, every second, fourth, ...
+The time spent is measured too; where it is over 3 % of a step, every second, fourth, ...
 step is measured. The seconds of the halves on steps that are split count as computing.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections import deque
+from typing import Literal
+
+import numpy as np
+import torch
 
 from hpctrain.config import Run
 from hpctrain.control import Sums
@@ -27,21 +30,23 @@ from hpctrain.errors import ConfigError
 from hpctrain.meter import Meter, Squares
 from hpctrain.models.flat import FlatModel
 from hpctrain.sketches import Sketch, Sketches
-from hpctrain.state import State
-from hpctrain.stats.noise import GroupSums, NoiseAverage, NoiseEstimate
-from hpctrain.stats.skew import DataSkew
+from hpctrain.state import Placed, State
+from hpctrain.stats.average import NoiseAverage
+from hpctrain.stats.noise import GroupSums, NoiseEstimate
+from hpctrain.stats.skew import DataSkew, data_skew, within_ranks
+from hpctrain.throttle import Throttle
 from hpctrain.transport.communicator import Communicator
 
 Form = Literal["off", "groups", "pieces", "sketch"]
 
-COST_LIMIT = 0.03
-"""Share of a step that measuring may take."""
 PIECES_EVERY = 8
 """Measured steps from one that is split to the next, on a single rank."""
 INSIDE_EVERY = 64
 """Measured steps from one look inside the ranks to the next."""
 SKETCH_EVERY = 16
 """Measured steps from one sketch to the next."""
+_LOOKS = 64
+"""Looks inside the ranks that are remembered."""
 
 
 def choose_form(
@@ -85,33 +90,6 @@ def choose_form(
     return "sketch"
 
 
-@dataclass
-class Throttle:
-    """Keeps the cost of measuring below `COST_LIMIT`: measures every `every`-th step. Local."""
-
-    every: int = 1
-    share: float = 0.0
-    """Of the time of a step, over the last `_OVER` steps."""
-    _from: Sums | None = None
-
-    _OVER: ClassVar[int] = 50
-
-    def hear(self, sums: Sums, ranks: int) -> None:
-        """Take in what all ranks have spent so far; equal on all of them."""
-        if self._from is None:
-            self._from = sums
-            return
-        if sums.steps_timed - self._from.steps_timed < self._OVER * ranks:
-            return
-        spent_s = sums.measure_s - self._from.measure_s
-        self.share = spent_s / max(sums.step_s - self._from.step_s, 1e-9)
-        self._from = sums
-        if self.share > COST_LIMIT:
-            self.every *= 2
-        elif self.every > 1 and self.share < COST_LIMIT / 4:
-            self.every //= 2
-
-
 class Measurement:
     """The gradient noise of one run. Collective to make.
 
@@ -120,6 +98,8 @@ class Measurement:
         comm: All ranks.
         flat: The model.
         seed: Of the sketches; equal on all ranks.
+        population: Samples of the training set, where each step draws from them without
+            replacement and without change; None else.
         look_inside: Whether ranks are split now and then to compare the noise inside them with
             that between them; without it only micro-batches that are there anyway are looked at.
         every_step: Measure every step, whatever it costs.
@@ -127,9 +107,16 @@ class Measurement:
 
     @classmethod
     def of(
-        cls, run: Run, comm: Communicator, flat: FlatModel, replicas: int, *, own_pace: bool
+        cls,
+        run: Run,
+        comm: Communicator,
+        flat: FlatModel,
+        replicas: int,
+        *,
+        n_samples: int,
+        own_pace: bool,
     ) -> Measurement:
-        """Collective. As a run needs it.
+        """Collective. As a run on so many training samples needs it.
 
         Raises:
             ConfigError: it is needed and cannot be had.
@@ -147,6 +134,7 @@ class Measurement:
             comm,
             flat,
             run.seed,
+            population=None if getattr(run.data, "augment", "none") != "none" else n_samples,
             look_inside=run.needs_noise or run.batch.measure == "on",
             every_step="epoch" in run.batch.needs,
         )
@@ -158,6 +146,7 @@ class Measurement:
         flat: FlatModel,
         seed: int,
         *,
+        population: int | None = None,
         look_inside: bool = False,
         every_step: bool = False,
     ) -> None:
@@ -168,8 +157,9 @@ class Measurement:
         self._sketches = Sketches(comm) if form == "sketch" else None
         self._sketch: Sketch | None = None
         self._measuring = False
-        self._average = NoiseAverage()
-        self._skew = DataSkew()
+        self._average = NoiseAverage(population)
+        self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)
+        """(noise between ranks, noise inside them) of the last looks inside."""
         self._throttle = Throttle()
         self.latest: GroupSums | None = None
         """The last measured step's own."""
@@ -185,6 +175,11 @@ class Measurement:
         found = self._average.estimate()
         self._meter.seconds += time.perf_counter() - began
         return found
+
+    def skew(self) -> DataSkew | None:
+        """Whether ranks see unlike data; None before enough looks. Local, equal on all ranks."""
+        between_n, inside_n = np.array(self._looks).reshape(-1, 2).T
+        return data_skew(between_n, inside_n)
 
     def begin(self, step: int, batch: Batch) -> MicroBatches | tuple[()]:
         """A step begins; the micro-batches to take it in. Collective when a sketch ends."""
@@ -244,7 +239,8 @@ class Measurement:
         found = GroupSums(groups, samples, weighted_sq, mean_sq)
         self._take(found)
         if self.form == "groups" and sums.pieces > groups:
-            self._skew.add(found, sums.pieces, sums.piece_weighted_sq)
+            inside = within_ranks(sums.piece_weighted_sq, weighted_sq, sums.pieces, groups)
+            self._looks.append((found.moments()[0], inside))
         return found
 
     def hear(self, sums: Sums) -> None:
@@ -269,25 +265,32 @@ class Measurement:
             "bs_high": estimate.high if estimate.resolved else None,
             "noise_s2": estimate.s2,
             "noise_mu2": estimate.mu2,
-            "data_skew": self._skew.ratio(),
+            "data_skew": skew.ratio if (skew := self.skew()) else None,
             "measure_share": self._throttle.share,
         }
 
     def remarks(self) -> list[str]:
         """Warnings for people. Local."""
-        return [text] if (text := self._skew.remark()) else []
+        skew = self.skew()
+        if skew is None or not skew.skewed:
+            return []
+        return [
+            "gradients differ more between ranks than inside them: ranks do not see the same data "
+            "(sorted or partitioned?), and the measured B_S is too large"
+        ]
 
     def state(self) -> State:
         """Local, after `settle`."""
-        parts = {"average": self._average.state(), "skew": self._skew.state()}
-        whole = State.nested(parts)
-        whole.counters["every"] = self._throttle.every
-        return whole
+        looks = torch.tensor(list(self._looks), dtype=torch.float64).view(-1, 2)
+        here = State({"looks": Placed(looks)}, {"every": self._throttle.every})
+        average = State.nested({"average": self._average.state()})
+        return State(here.tensors | average.tensors, here.counters | average.counters)
 
     def load_state(self, state: State) -> None:
         """Local."""
         self._average.load_state(state.below("average"))
-        self._skew.load_state(state.below("skew"))
+        self._looks.clear()
+        self._looks.extend((b, i) for b, i in state.tensors["looks"].tensor.tolist())
         self._throttle.every = int(state.counters["every"] or 1)
 
     def _take(self, found: GroupSums) -> None:

@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hpctrain.batch import Seen
 from hpctrain.data.loader import Batch
 from hpctrain.errors import NonFinite
 from hpctrain.models.loss import per_sample_loss
@@ -52,12 +51,6 @@ def run_training(session: Session) -> str | None:
     evaluate(session)
     session.save_and_wait(stopped=False)
     return None
-
-
-def seen(session: Session) -> Seen:
-    """Local. What the batch policy knows before the next step."""
-    clock = session.clock
-    return Seen(clock.step, clock.samples, clock.epoch, clock.samples_per_epoch, session.comm.size)
 
 
 def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepped:

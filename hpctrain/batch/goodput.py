@@ -28,7 +28,6 @@ two of the start. `noise_scale_factor` corrects a noise scale that is not the cr
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from pydantic import Field
@@ -39,6 +38,7 @@ from hpctrain.batch.planner import (
     efficiency,
     floor_batch,
     goodput,
+    in_words,
     ladder,
     noise_facts,
     percent,
@@ -127,7 +127,7 @@ class GoodputPolicy(LookingPolicy):
         worth = [rung for rung in tried if gains[rung] > least]
         target = max(worth) if worth else max(tried, key=lambda rung: gains[rung])
         facts["gain"] = gains[target]
-        believed = _in_words(noise)
+        believed = in_words(noise)
         if target == batch:
             return self.kept(f"nothing in reach is better ({believed})", facts)
         if not worth:
@@ -196,10 +196,3 @@ def _times_facts(b_s: float, times: StepTimes) -> Facts:
         "b_half": times.b_half,
         "b_star": best_batch(b_s, times),
     }
-
-
-def _in_words(noise: NoiseEstimate) -> str:
-    if not noise.resolved:
-        return f"B_S is at least {noise.low:.0f}"
-    high = f"{noise.high:.0f}" if math.isfinite(noise.high) else "?"
-    return f"B_S {noise.b_s:.0f} [{noise.low:.0f}-{high}]"

@@ -134,3 +134,8 @@ class LrConfig(Table):
             )
         scale = (batch_update / (self.reference_batch or batch_update)) ** _POWER[self.kind]
         return float(self.base * scale * rising * falling)
+
+
+def adascale_gain(batch: float, reference: float, b_simple: float) -> float:
+    """TEMPORARY"""
+    return batch / reference * (b_simple + reference) / (b_simple + batch)

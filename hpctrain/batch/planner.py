@@ -79,3 +79,10 @@ def noise_facts(noise: NoiseEstimate | None) -> Facts:
 def percent(share: float) -> str:
     """A share in words. Local, pure."""
     return f"{100.0 * share:.0f} %"
+
+
+def in_words(noise: NoiseEstimate) -> str:
+    """The estimate in words. Local, pure."""
+    if not noise.resolved:
+        return f"B_S is at least {noise.low:.0f}"
+    return f"B_S {noise.b_s:.0f} [{noise.low:.0f}-{noise.high:.0f}]"

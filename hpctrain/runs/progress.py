@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from rich.table import Table as Grid
 
 from hpctrain.runs.console import Display
 from hpctrain.runs.lines import Line
-from hpctrain.stats import words
+from hpctrain.stats.noise import NoiseEstimate
+from hpctrain.stats.words import efficiency_in_words, noise_in_words
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,17 @@ def noise_text(line: Line, ranks: int) -> str:
     batch, passes = line["batch_global"], line["passes"] or 1
     each, rest = divmod(batch, ranks * passes)
     parts = [f"B {batch}" + ("" if rest else f" = {ranks}x{passes}x{each}")]
-    b_s, low, high = (line[name] for name in ("bs_bound", "bs_low", "bs_high"))
-    parts += [words.noise(b_s, low, high), words.efficiency(batch, b_s, low)]
+    b_s, high = line["bs_bound"], line["bs_high"]
+    noise = NoiseEstimate(
+        b_s=math.nan if b_s is None else b_s,
+        low=line["bs_low"],
+        high=math.inf if high is None else high,
+        resolved=b_s is not None,
+        s2=line["noise_s2"],
+        mu2=line["noise_mu2"],
+        steps=line["step"],
+    )
+    parts += [noise_in_words(noise), efficiency_in_words(noise, batch)]
     parts.append(f"cost {line['measure_share'] or 0.0:.1%}")
     return "".join(f" | {part}" for part in parts)
 

@@ -54,7 +54,10 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "bytes_formula": ("bytes", "that a node sends per step by the exchange's formula"),
         "sync": ("", "numbers of each [[sync]] rule's last meeting, RULE.NAME (docs/sync.md)"),
         "samples_per_s": ("samples/s", "over all ranks, since the previous step line"),
-        "bs_bound": ("samples", "gradient noise as a batch size, 1 + s2 / mu2; null if not resolved"),
+        "bs_bound": (
+            "samples",
+            "gradient noise as a batch size, 1 + s2 / mu2; null: not resolved",
+        ),
         "bs_low": ("samples", "lower end of its 90 % interval, or the 95 % bound alone"),
         "bs_high": ("samples", "upper end of its 90 % interval"),
         "noise_s2": ("", "trace of the covariance of one sample's gradient"),

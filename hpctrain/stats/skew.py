@@ -1,74 +1,82 @@
-"""Whether ranks see different data: the noise between them against the noise inside them.
+"""Whether ranks hold unlike data: noise between ranks against noise inside them.
 
-    between = (sum_r b_r |g_r|² - B |gbar|²) / (W - 1)              ranks as groups
-    inside  = (sum_ra b_ra |g_ra|² - sum_r b_r |g_r|²) / (A - W)    micro-batches inside ranks
+With W ranks that each take several micro-batches, s2 has two unbiased estimates from one step:
 
-W ranks with A micro-batches in all. Both estimate the covariance of one sample's gradient where
-every rank draws from the same data, so their ratio is near 1. Sorted or partitioned shards raise
-it, and with it every estimate that takes ranks for groups.
+    between = (sum_r b_r |g_r|² - B |gbar|²) / (W - 1)
+    within  = (sum_ra b_ra |g_ra|² - sum_r b_r |g_r|²) / (sum_r K_r - W)
+
+g_ra the mean gradient of micro-batch a of rank r, g_r of the rank, gbar of the step; b_ra,
+b_r, B their samples; K_r the micro-batches of rank r. Both are s2 where every rank draws from the
+same distribution. Ranks that draw from unlike ones (sorted shards) differ from each other more than
+their micro-batches do: then `between` is too large, and so is a B_S that rests on ranks.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from hpctrain.state import Placed, State
-from hpctrain.stats.noise import GroupSums
+from hpctrain.stats.average import FEWEST, mean_squares
+from hpctrain.stats.interval import Array, ratio_of
 
-LIMIT = 1.5
-"""A ratio above which ranks do not see the same data."""
-LOOKS = 32
-"""How many looks are remembered."""
-LEAST = 8
-"""How many it takes to say anything."""
+LIKE = 1.5
+"""A ratio up to this is not worth a warning."""
 
 
+@dataclass(frozen=True)
 class DataSkew:
-    """Compares the two over the last looks. Every method is local, every input reduced."""
+    """Noise between ranks over noise inside them."""
 
-    def __init__(self) -> None:
-        self._pairs: deque[tuple[float, float]] = deque(maxlen=LOOKS)
+    ratio: float
+    """Of averages; 1 for ranks with like data."""
+    low: float
+    """One-sided 95 % lower bound."""
+    skewed: bool
+    """Whether even the lower bound is above LIKE."""
 
-    def add(self, ranks: GroupSums, pieces: float, piece_weighted_sq: float) -> None:
-        """Take one look in.
 
-        Args:
-            ranks: The step's sums with ranks as groups.
-            pieces: A, more than there are ranks.
-            piece_weighted_sq: sum_ra b_ra |g_ra|².
-        """
-        between, _ = ranks.moments()
-        inside = (piece_weighted_sq - ranks.weighted_sq) / (pieces - ranks.groups)
-        self._pairs.append((between, inside))
+def within_ranks(
+    micro_weighted_sq: float, rank_weighted_sq: float, micro_batches: float, ranks: float
+) -> float:
+    """`within` of one step. Local, pure.
 
-    def ratio(self) -> float | None:
-        """Between over inside, a ratio of sums; None before there are `LEAST` looks."""
-        if len(self._pairs) < LEAST:
-            return None
-        return sum(b for b, _ in self._pairs) / sum(i for _, i in self._pairs)
+    Args:
+        micro_weighted_sq: sum_ra b_ra |g_ra|².
+        rank_weighted_sq: sum_r b_r |g_r|².
+        micro_batches: sum_r K_r.
+        ranks: W, those with at least one sample.
 
-    def remark(self) -> str:
-        """A warning where the ratio is above `LIMIT` by more than two standard errors, else ""."""
-        ratio = self.ratio()
-        if ratio is None:
-            return ""
-        inside = sum(i for _, i in self._pairs) / len(self._pairs)
-        misses = torch.tensor([b - ratio * i for b, i in self._pairs], dtype=torch.float64)
-        error = float(misses.std()) / len(self._pairs) ** 0.5 / inside
-        if ratio - 2.0 * error <= LIMIT:
-            return ""
-        return (
-            f"gradients differ {ratio:.1f} times as much between ranks as inside them: ranks do "
-            "not see the same data (sorted or partitioned?), and the measured B_S is too large"
+    Raises:
+        ValueError: no rank has two micro-batches, so nothing is known of the noise inside one.
+    """
+    if micro_batches <= ranks:
+        raise ValueError(
+            f"noise inside ranks needs a rank with two micro-batches; got {micro_batches:g} on "
+            f"{ranks:g} rank(s)"
         )
+    return (micro_weighted_sq - rank_weighted_sq) / (micro_batches - ranks)
 
-    def state(self) -> State:
-        """The last looks. Local."""
-        return State({"pairs": Placed(torch.tensor(list(self._pairs), dtype=torch.float64))})
 
-    def load_state(self, state: State) -> None:
-        """Take them back. Local."""
-        self._pairs.clear()
-        self._pairs.extend((b, i) for b, i in state.tensors["pairs"].tensor.tolist())
+def data_skew(between_n: Array, within_n: Array) -> DataSkew | None:
+    """The ratio over all given steps, averaged and bounded as B_S is. Local, pure.
+
+    Args:
+        between_n: (n,) `between` by step, oldest first.
+        within_n: (n,) `within`.
+
+    Returns:
+        None below FEWEST steps and where there is no noise inside ranks.
+    """
+    n = len(within_n)
+    if n < FEWEST:
+        return None
+    square_n, _ = mean_squares(within_n)
+    known = square_n > 0.0
+    if not known.any():
+        return None
+    scale_n = np.divide(1.0, square_n, out=np.zeros(n), where=known)
+    start = np.array([0])
+    found = ratio_of(known.astype(float), between_n * scale_n, within_n * scale_n, start)
+    low = float(found.low[0])
+    return DataSkew(float(found.top[0] / found.bottom[0]), low, low > LIKE)

@@ -37,7 +37,7 @@ LAYERS = [
     {"measurement"},
     {"meter"},
     {"config", "journal", "hardware", "place", "views", "timing"},
-    {"exchange", "sync", "batch", "regularise", "runs", "agreement", "sketches"},
+    {"exchange", "sync", "batch", "regularise", "runs", "agreement", "sketches", "throttle"},
     {
         "compress",
         "stats",

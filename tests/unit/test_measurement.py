@@ -13,11 +13,11 @@ from torch import nn
 from hpctrain.control import Sums
 from hpctrain.data.loader import Batch, MicroBatches
 from hpctrain.errors import ConfigError
-from hpctrain.measurement import INSIDE_EVERY, PIECES_EVERY, Measurement, Throttle, choose_form
+from hpctrain.measurement import INSIDE_EVERY, PIECES_EVERY, Measurement, choose_form
 from hpctrain.models.flat import FlatModel
 from hpctrain.sketches import SIZE, Sketch
 from hpctrain.stats.noise import GroupSums
-from hpctrain.stats.skew import DataSkew
+from hpctrain.throttle import Throttle
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.threads import run_threads
 
@@ -53,7 +53,7 @@ class Step:
     """What one rank found."""
 
     found: GroupSums | None
-    skew: DataSkew
+    looks: list[tuple[float, float]]
 
 
 def take_step(comm: Communicator, cuts: list[int], step: int, form: Any, micro: int) -> Step:
@@ -82,7 +82,7 @@ def take_step(comm: Communicator, cuts: list[int], step: int, form: Any, micro: 
     if form == "sketch":
         measurement.settle()
         found = measurement.latest
-    return Step(found, measurement._skew)
+    return Step(found, list(measurement._looks))
 
 
 @pytest.mark.parametrize("cuts", [[0, 10, 20], [0, 3, 30], [0, 8, 9, 30], [0, 10, 10, 14, 30]])
@@ -113,22 +113,8 @@ def test_noise_inside_ranks_is_compared_with_noise_between_them():
     inside = (pieces.weighted_sq - ranks.weighted_sq) / (5 - 2)
     steps = run_threads(2, lambda comm: take_step(comm, cuts, INSIDE_EVERY, "groups", 6))
     for step in steps:
-        ((found_between, found_inside),) = step.skew._pairs
+        ((found_between, found_inside),) = step.looks
         assert (found_between, found_inside) == pytest.approx((between, inside), rel=1e-9)
-
-
-def test_a_warning_needs_a_ratio_that_stands_out():
-    random = np.random.default_rng(4)
-    for ratio, warns in ((1.0, False), (3.0, True)):
-        skew = DataSkew()
-        for look in range(20):
-            between = ratio * random.chisquare(40) / 40
-            skew.add(GroupSums(2, 8, between, 0.0), 4, between + 2 * random.chisquare(80) / 80)
-            assert (skew.ratio() is None) == (look < 7)
-        assert ("do not see the same data" in skew.remark()) == warns
-        again = DataSkew()
-        again.load_state(skew.state())
-        assert again.ratio() == skew.ratio()
 
 
 def test_sketches_are_unbiased_and_linear():
