@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch.tasks import FIXED_START, TASKS, Method, Task, Tree, methods
+from benchmarks.batch.tasks import FIXED_START, TASKS, TUNING_SEED, Method, Task, Tree, methods
 from benchmarks.batch.train import train
 from hpctrain.batch import StepTimes
 
@@ -54,7 +54,6 @@ class Case:
             epochs *= START_BEYOND if self.what == "start" else BEYOND
         tables = task.tables | (task.final if final else {})
         return tables | {
-            "data": {"prefetch": 0} | tables["data"],
             "seed": self.seed,
             "lr": {"base": self.lr, "schedule": "cosine" if final else "constant"} | method.lr,
             "batch": method.batch,
@@ -129,8 +128,6 @@ def loss_at_budget(line: Line) -> float:
 
 def tuning(task: str) -> Iterator[Case]:
     """The grid of step sizes at the start batch."""
-    from benchmarks.batch.tasks import TUNING_SEED
-
     for lr in TASKS[task].lrs:
         yield Case("lr", task, FIXED_START, TUNING_SEED, lr)
 

@@ -78,7 +78,7 @@ TASKS = {
         },
         epochs=10,
         every_epochs=0.1,
-        lrs=(0.05, 0.1, 0.2, 0.4),
+        lrs=(0.0125, 0.025, 0.05, 0.1),
         sizes=SWEEP,
     ),
     "fashion": Task(

@@ -62,7 +62,8 @@ def train(
         curve: (step, samples, loss, accuracy) of every evaluation; plan: the policy's decisions
         that changed something, with their facts; diverged.
     """
-    loaded, began = from_mapping(tree), time.process_time()
+    began = time.process_time()
+    loaded = from_mapping(tree | {"data": {"prefetch": 0} | tree["data"]})
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder, diverged = Path(name) / "run", False
         try:
@@ -97,4 +98,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     curve = [[x["step"], x["samples"], x["loss"], x["accuracy"]] for x in lines]
     plan_path = folder / "batch_plan.jsonl"
     plan = list(read(plan_path)) if plan_path.exists() else []
-    return {"curve": [point for point in curve if point[2] is not None], "plan": plan}
+    return {
+        "samples_per_epoch": round(lines[-1]["samples"] / lines[-1]["epoch"]),
+        "curve": [point for point in curve if point[2] is not None],
+        "plan": plan,
+    }
