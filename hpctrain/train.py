@@ -105,7 +105,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     session.rules.before_update(moment)
     mixed = time.perf_counter()
     if finite and batch.batch_replica and session.exchange.ready:
-        session.optimiser.step(lr)
+        session.optimiser.step(lr, batch.batch_replica)
     updated = time.perf_counter()
     session.rules.after_update(moment)
     ended = time.perf_counter()

@@ -10,8 +10,11 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from hpctrain.batch.adabatch import AdaBatch
+from hpctrain.batch.cosine import Cosine
+from hpctrain.batch.divebatch import DiveBatch
 from hpctrain.batch.fixed import Fixed
 from hpctrain.batch.goodput import Goodput
+from hpctrain.batch.normtest import NormTest
 from hpctrain.batch.policy import BatchPolicy, Decision, Seen, StepTimes
 from hpctrain.batch.replay import Replay
 
@@ -24,6 +27,9 @@ def _kind(value: Any) -> Any:
 BatchConfig = Annotated[
     Annotated[Fixed, Tag("fixed")]
     | Annotated[AdaBatch, Tag("adabatch")]
+    | Annotated[DiveBatch, Tag("divebatch")]
+    | Annotated[NormTest, Tag("normtest")]
+    | Annotated[Cosine, Tag("cosine")]
     | Annotated[Goodput, Tag("goodput")]
     | Annotated[Replay, Tag("replay")],
     Discriminator(_kind),

@@ -164,7 +164,7 @@ def choose(ratio: Ratio, lengths: Places, unit: float) -> NoiseEstimate:
     low = 1.0 + ratio.low * np.minimum(moved, 1.0)
     high = 1.0 + ratio.high * np.maximum(moved, 1.0)
     mu2 = ratio.bottom / moved
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         b_s = 1.0 + np.where(mu2 > 0.0, np.maximum(ratio.top, 0.0) / mu2, np.inf)
     at_least, at_most, taken = 0.0, np.inf, 0
     for window in range(len(lengths)):
