@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.batch.runs import Case, Line, Log, chosen_lr, target_of
+from benchmarks.batch.runs import Case, Log, chosen_lr, target_of
 from benchmarks.batch.tasks import CAP, RANKS, SEEDS, START, TASKS, Tree
 from benchmarks.batch.train import record_of
 from benchmarks.machine import describe_machine

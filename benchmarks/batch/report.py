@@ -17,8 +17,7 @@ from hpctrain.batch import StepTimes
 
 Record = dict[str, Any]
 OURS = "goodput"
-PUBLISHED = {"AdaBatch": "AdaBatch as published", "DiveBatch": "DiveBatch, every 1"}
-"""Their period of 20 of 200 epochs as a tenth of the training, or the shortest that there is."""
+PUBLISHED = ("AdaBatch as published", "DiveBatch as published")
 GOALS = {
     "start batch": 2.0,
     "AdaBatch, best period": 1.5,
@@ -129,14 +128,11 @@ def choices(found: Record) -> dict[str, str]:
         "DiveBatch, best period": "DiveBatch",
     }
     for what, family in families.items():
-        mine = [n for n, one in found.items() if one["family"] == family and "published" not in n]
+        mine = [n for n, one in found.items() if one["family"] == family and n not in PUBLISHED]
         reached = [n for n in mine if all(found[n]["reached"])]
         if mine:
             names[what] = min(reached or mine, key=lambda name: found[name]["mean_s"])
-    for family, name in PUBLISHED.items():
-        if name in found:
-            names[f"{family} as published"] = name
-    return names
+    return names | {name: name for name in PUBLISHED if name in found}
 
 
 def geometric(values: Iterable[float | None]) -> float | None:

@@ -97,9 +97,7 @@ def fingerprint(case: Case, times: StepTimes | None) -> str:
     return f"{zlib.crc32(json.dumps([case.tree(), told], sort_keys=True).encode()):08x}"
 
 
-def once(
-    log: Log, case: Case, *, times: StepTimes | None = None, target: float = 0.0
-) -> Line:
+def once(log: Log, case: Case, *, times: StepTimes | None = None, target: float = 0.0) -> Line:
     """The training of a case: from the log, or made now."""
     told = times if case.of_method.timed else None
     found = log.find(case, told, target)

@@ -170,7 +170,9 @@ def methods(task: Task) -> dict[str, Method]:
     batch = growing("adabatch", 1, every_epochs=task.epochs / 10)
     found["AdaBatch as published"] = Method("AdaBatch", batch, {"kind": "none"})
     for epochs in (1, 2, 3):
-        batch = growing("divebatch", every_epochs=epochs, delta=0.1)
+        batch = growing("divebatch", resize_every=epochs, delta=0.1)
         found[f"DiveBatch, every {epochs}"] = Method("DiveBatch", batch)
+    batch = growing("divebatch", resize_every=1, delta=0.1)
+    found["DiveBatch as published"] = Method("DiveBatch", batch, {"kind": "none"})
     found["goodput"] = Method("goodput", growing("goodput"))
     return found
