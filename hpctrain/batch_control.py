@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hpctrain.batch import BatchConfig, Decision, Seen
+from hpctrain.batch import BatchConfig, Decision, Seen, StepTimes
 from hpctrain.batch.lr import LrConfig, adascale_gain
 from hpctrain.batch.times import TimesFit
 from hpctrain.clock import Clock
@@ -70,6 +70,7 @@ class BatchControl:
         self._held: Decision | None = None
         self._times = TimesFit()
         self._told = Sums()
+        self._fixed_times: StepTimes | None = None
         self._epoch = None
         if "epoch" in config.needs:
             self._epoch = EpochDiversity(flat.n_params, flat.grads_P.device)
@@ -111,6 +112,13 @@ class BatchControl:
         step_s = (sums.step_s - told.step_s) / timed
         self._times.add(round(samples), step_s, (sums.compute_s - told.compute_s) / timed)
 
+    def fix_times(self, times: StepTimes) -> None:
+        """Local. From now on the policy sees these times, whatever steps take.
+
+        For studies on ranks whose own times tell nothing.
+        """
+        self._fixed_times = times
+
     def state(self) -> State:
         """Local, after `Measurement.settle`."""
         parts = {"policy": self._policy.state(), "times": self._times.state()}
@@ -148,7 +156,7 @@ class BatchControl:
             ranks=self._ranks,
             noise=self._measurement.estimate(),
             latest=self._measurement.latest,
-            times=self._times.times,
+            times=self._fixed_times or self._times.times,
             epoch_diversity=self._epoch_b_s,
         )
 
