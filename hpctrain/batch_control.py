@@ -22,6 +22,10 @@ from hpctrain.state import State
 from hpctrain.stats.epoch import EpochDiversity
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
+_ALIKE = 0.1
+"""Where ranks hear of several steps at once, a short last batch of an epoch lowers their mean: up
+to such a share it counts as the batch that was decided."""
+
 
 @dataclass(frozen=True)
 class Next:
@@ -109,7 +113,11 @@ class BatchControl:
         if "times" not in self._config.needs or timed <= 0:
             return
         samples = (sums.samples_timed - told.samples_timed) * self._ranks / timed
-        step_s = (sums.step_s - told.step_s) / timed
+        if self._held and abs(samples / self._held.batch_global - 1.0) < _ALIKE:
+            samples = self._held.batch_global
+        step_s = (sums.step_s - told.step_s - (sums.sync_s - told.sync_s)) / timed
+        # Meetings are rare and dear: a median of some steps would leave them out.
+        step_s += sums.sync_s / sums.steps_timed
         self._times.add(round(samples), step_s, (sums.compute_s - told.compute_s) / timed)
 
     def fix_times(self, times: StepTimes) -> None:
