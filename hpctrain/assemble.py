@@ -18,6 +18,7 @@ import torch
 from hpctrain import __version__
 from hpctrain.agreement import Agreement
 from hpctrain.batch_control import BatchControl
+from hpctrain.census import measure_diversity
 from hpctrain.clock import Clock
 from hpctrain.config import Loaded, Run
 from hpctrain.data.loader import Loader
@@ -138,6 +139,7 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             replicas=replicas.count,
             flat=flat,
             measurement=measurement,
+            census=lambda: measure_diversity(flat, data.spec, train, comm).b_s,
         )
         session = Session(
             run=run,

@@ -22,6 +22,10 @@ from hpctrain.state import State
 from hpctrain.stats.epoch import EpochDiversity
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
+_ALIKE = 0.1
+"""Where ranks hear of several steps at once, a short last batch of an epoch lowers their mean: up
+to such a share it counts as the batch that was decided."""
+
 
 @dataclass(frozen=True)
 class Next:
@@ -60,7 +64,7 @@ class BatchControl:
         replicas: int,
         flat: FlatModel,
         measurement: Measurement,
-        census: Callable[[], float] | None = None,
+        census: Callable[[], float],
     ) -> None:
         config.require_ranks(ranks)
         self._config, self._lr = config, lr
@@ -114,12 +118,18 @@ class BatchControl:
         if "times" not in self._config.needs or timed <= 0:
             return
         samples = (sums.samples_timed - told.samples_timed) * self._ranks / timed
-        step_s = (sums.step_s - told.step_s) / timed
+        if self._held and abs(samples / self._held.batch_global - 1.0) < _ALIKE:
+            samples = self._held.batch_global
+        step_s = (sums.step_s - told.step_s - (sums.sync_s - told.sync_s)) / timed
+        # Meetings are rare and dear: a median of some steps would leave them out.
+        step_s += sums.sync_s / sums.steps_timed
         self._times.add(round(samples), step_s, (sums.compute_s - told.compute_s) / timed)
 
     def fix_times(self, times: StepTimes) -> None:
-        """Local. From now on the policy sees these times, whatever steps take: for studies on
-        ranks whose own times tell nothing."""
+        """Local. From now on the policy sees these times, whatever steps take.
+
+        For studies on ranks whose own times tell nothing.
+        """
         self._fixed_times = times
 
     def state(self) -> State:
@@ -179,5 +189,4 @@ class BatchControl:
             self._epoch_b_s = self._epoch.b_s()
             self._epoch.reset()
         elif "oracle" in self._config.needs:
-            assert self._census is not None
             self._epoch_b_s = self._census()

@@ -176,3 +176,19 @@ def test_the_peak_of_memory_does_not_move(tmp_path):
     train(tree, 2, tmp_path / "run")
     passes = {line["batch_global"]: line["passes"] for line in lines(tmp_path / "run")}
     assert (passes[16], passes[96]) == (1, 6)
+
+
+@pytest.mark.parametrize("estimator", ["epoch", "oracle"])
+def test_divebatch_resizes_by_the_epoch(estimator, tmp_path):
+    """The oracle's number is that of `hpctrain diversity` at the end of the epoch."""
+    batch = {"kind": "divebatch", "batch_global": 16, "batch_max": 96, "resize_every": 1}
+    tree = TREE | {"batch": batch | {"estimator": estimator, "delta": 2.0}}
+    tree["train"], tree["lr"] = {"epochs": 2}, {"base": 0.01}
+    train(tree, 2, tmp_path / "two")
+    first, *later = plan(tmp_path / "two")
+    assert first["batch_global"] == 16
+    assert later[0]["samples"] == 1438  # the end of the first epoch
+    assert later[0]["batch_global"] > 16
+    if estimator == "oracle":
+        train(tree, 1, tmp_path / "one")
+        assert plan(tmp_path / "one")[1]["batch_global"] == later[0]["batch_global"]
