@@ -76,7 +76,7 @@ TASKS = {
             "model": {"kind": "mlp", "widths": [96]},
             "optimiser": {"kind": "sgd"},
         },
-        epochs=10,
+        epochs=5,
         every_epochs=0.1,
         lrs=(0.0125, 0.025, 0.05, 0.1),
         sizes=SWEEP,

@@ -1,0 +1,99 @@
+"""Goes back to a smaller batch where a growth turns out badly.
+
+A step size that grows with the batch meets a limit that gradient noise knows nothing of: beyond
+about 2 / (largest curvature) the parameters swing across the valley. That shows in two ways.
+
+    noise   the mean gradient grows and B_S = 1 + s2 / mu2 falls, often by a factor of 2 to 50: its
+            interval comes to lie below the lower end that the growth went by
+    loss    the training loss rises: its mean over the `RECENT` last tellings, or those since the
+            change, is above that of up to `EARLIER` before by more than `SIGMAS` standard errors
+
+Either takes the last growth back, and that batch is barred until `PATIENCE` times the samples have
+been seen: it is tried a logarithmic number of times. Neither is asked within `MENDING` steps of
+going back, when what is measured is still of the larger batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+from hpctrain.state import State
+
+PATIENCE = 4
+RECENT = 10
+EARLIER = 30
+SIGMAS = 4.0
+MENDING = 30
+_FEWEST = 5
+"""Losses of either kind, without which nothing is said."""
+
+
+@dataclass
+class Retreat:
+    """What is remembered of growths. Every method is local."""
+
+    growths: list[tuple[int, float]] = field(default_factory=list)
+    """(the batch before, lower end of B_S) of those that still hold, oldest first."""
+    barred: int | None = None
+    """The smallest batch that is not taken ..."""
+    until: int = 0
+    """... before so many samples have been seen."""
+    grew: bool = False
+    """Whether the last change was a growth."""
+
+    def note(self, before: int, after: int, low: float) -> None:
+        """The batch changes by a decision on its own merit; `low` is the lower end of B_S."""
+        self.grew = after > before
+        if self.grew:
+            self.growths.append((before, low))
+        else:
+            self.growths = [growth for growth in self.growths if growth[0] < after]
+
+    def sank(self, high: float) -> bool:
+        """Whether B_S, whose upper end is `high`, is less than what the last growth went by."""
+        return bool(self.growths) and high < self.growths[-1][1]
+
+    def rose(self, losses: Sequence[tuple[int, float]], since: int) -> bool:
+        """Whether the training loss went up since the last growth, or lately.
+
+        Args:
+            losses: `Seen.losses`.
+            since: Steps since the last change.
+        """
+        told = [loss for _, loss in losses]
+        latest = losses[-1][0] if losses else 0
+        count = min(RECENT, max(sum(step > latest - since for step, _ in losses), 1))
+        recent, earlier = told[-count:], told[-count - EARLIER : -count]
+        if not self.growths or min(len(recent), len(earlier)) < _FEWEST:
+            return False
+        error = stdev(earlier) * (1.0 / len(recent) + 1.0 / len(earlier)) ** 0.5
+        return bool(fmean(recent) > fmean(earlier) + SIGMAS * error)
+
+    def mending(self, since: int) -> bool:
+        """Whether the last change, `since` steps ago, was back to a batch, and lately."""
+        return not self.grew and since < MENDING
+
+    def take_back(self, batch: int, samples: int) -> int:
+        """The last growth, to `batch`, is taken back; the batch before it."""
+        self.barred, self.until, self.grew = batch, PATIENCE * samples, False
+        before, _ = self.growths.pop()
+        return before
+
+    def allows(self, batch: int, samples: int) -> bool:
+        """Whether a batch may be taken."""
+        return self.barred is None or batch < self.barred or samples >= self.until
+
+    def state(self) -> State:
+        counters = {"barred": self.barred, "until": self.until, "grew": self.grew}
+        return State(counters={**counters, "growths": json.dumps(self.growths)})
+
+    def load_state(self, state: State) -> None:
+        barred = state.counters["barred"]
+        self.barred = None if barred is None else int(barred)
+        self.until = int(state.counters["until"] or 0)
+        self.growths = [
+            (int(b), float(low)) for b, low in json.loads(str(state.counters["growths"]))
+        ]
