@@ -51,7 +51,8 @@ def doctor(
 
 def topology(
     groups: Annotated[
-        str, typer.Option(metavar="node|numa|switch|world|size:N", help="What makes a group.")
+        str,
+        typer.Option(metavar="node|numa|switch|world|size:N|nodes:N", help="What makes a group."),
     ] = "node",
     full: Annotated[bool, typer.Option("--full", help="Draw every node.")] = False,
     json_: Json = False,

@@ -33,8 +33,12 @@ LAYERS = [
     {"launch", "doctor", "appraisal"},
     {"train", "assemble"},
     {"session", "reconcile"},
-    {"config", "journal", "hardware", "place", "views"},
+    {"batch_control"},
+    {"measurement"},
+    {"meter"},
+    {"config", "journal", "hardware", "place", "views", "timing"},
     {"exchange", "sync", "batch", "regularise", "runs", "agreement", "census"},
+    {"sketches", "throttle", "forms"},
     {
         "compress",
         "stats",
