@@ -308,6 +308,48 @@ def decentralised(results: Path) -> Figure:
     return figure
 
 
+def replication(results: Path) -> Figure:
+    """B_S by copies against its closed form; efficiency by batch, with the batch expected."""
+    record = read(results / "replication.json")
+    title = f"{record['n']:,} samples, of which every r are equal"
+    figure, (bound, *curves) = panels_of(1, 3, (11, 3.6), title)
+    found = [record["closed_form"][str(copies)] for copies in record["copies"]]
+    bound.plot(
+        record["copies"], [one["expected"] for one in found], color=OTHERS, label="closed form"
+    )
+    bound.errorbar(
+        record["copies"],
+        [one["measured"] for one in found],
+        [one["deviation"] for one in found],
+        fmt=".",
+        color=OURS,
+        label="measured, deviation of one draw",
+    )
+    bound.set(xscale="log", yscale="log", xlabel="copies r", ylabel="B_S at the start")
+    bound.set_xticks(record["copies"], map(str, record["copies"]))
+    bound.set_yticks(ticks := [200, 300, 400, 600], map(str, ticks))
+    bound.minorticks_off()
+    bound.legend(fontsize=7, frameon=False)
+    for panel, name in zip(curves, ("least_squares", "fashion_mlp_finer"), strict=True):
+        case = record[name]
+        for place, copies in enumerate(record["copies"]):
+            one, color = case[str(copies)], f"C{place}"
+            panel.plot(
+                case["batches"],
+                one["efficiency"],
+                ".-",
+                color=color,
+                linewidth=1.2,
+                label=f"r = {copies}",
+            )
+            panel.plot([one["b80_expected"]], [record["enough"]], "v", color=color, markersize=7)
+        panel.axhline(record["enough"], color=LIMIT, linewidth=1)
+        panel.set(xscale="log", xlabel="batch", title=name.removesuffix("_finer").replace("_", " "))
+        panel.legend(fontsize=7, frameon=False)
+    curves[0].set_ylabel("efficiency; triangle: B80 expected")
+    return figure
+
+
 def batch_policies(results: Path) -> Figure:
     """Per task: seconds to the target by fixed batch and by policy; the policy's batches."""
     tasks = read(results / "batch_policies.json")["tasks"]
@@ -362,6 +404,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "straggler": straggler,
     "non_iid": non_iid,
     "decentralised": decentralised,
+    "replication": replication,
     "batch_policies": batch_policies,
 }
 
