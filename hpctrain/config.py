@@ -75,6 +75,11 @@ class Run(Table):
     record: RecordConfig = RecordConfig()
     watchdog: Watchdog = Watchdog()
 
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the batch policy or the step size goes by measured gradients. Local."""
+        return bool(self.batch.needs & {"noise", "epoch"}) or self.lr.kind == "adascale"
+
     @model_validator(mode="after")
     def _combinations(self) -> Run:
         self.exchange.require_fit(self.train, self.optimiser)

@@ -8,6 +8,9 @@ from typing import Protocol
 from hpctrain.state import Stateful
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
+Facts = dict[str, float | bool | str | None]
+"""Numbers behind a decision, by name; null where one is not known."""
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -54,7 +57,7 @@ class Decision:
     """The step size is multiplied by it, beside the rule of [lr]."""
     reason: str = ""
     """Why, in plain words; "" where nothing was considered."""
-    facts: dict[str, float | bool | str | None] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     """The numbers behind it, for batch_plan.jsonl."""
 
 

@@ -33,8 +33,11 @@ LAYERS = [
     {"launch", "doctor"},
     {"train", "assemble"},
     {"session", "reconcile"},
-    {"config", "journal", "hardware", "place", "views"},
-    {"exchange", "sync", "batch", "regularise", "runs", "agreement"},
+    {"batch_control"},
+    {"measurement"},
+    {"meter"},
+    {"config", "journal", "hardware", "place", "views", "timing"},
+    {"exchange", "sync", "batch", "regularise", "runs", "agreement", "sketches", "throttle"},
     {
         "compress",
         "stats",

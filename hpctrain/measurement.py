@@ -1,0 +1,298 @@
+"""Measures the gradient noise of a run while it trains.
+
+How, follows from the exchange and the replicas (`choose_form`):
+
+    groups   every rank's gradient is a group, its square rides on the step's control message and
+             the exchange leaves the mean: no message, no pass
+    pieces   a single rank: on every 8th step its micro-batches are groups, a lone one in halves
+    sketch   no rank holds the mean gradient (sparse or lossy exchanges, several replicas): random
+             sketches of all ranks' gradients are summed every 16 steps. With several replicas each
+             is at its own parameters, and their differences count as noise
+
+What is measured is the gradient of the data: before compression, clipping, decay and penalties.
+The time spent is measured too; where it is over 3 % of a step, every second, fourth, ...
+step is measured. The seconds of the halves on steps that are split count as computing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hpctrain.config import Run
+from hpctrain.control import Sums
+from hpctrain.data.loader import Batch, MicroBatches
+from hpctrain.errors import ConfigError
+from hpctrain.meter import Meter, Squares
+from hpctrain.models.flat import FlatModel
+from hpctrain.sketches import Sketch, Sketches
+from hpctrain.state import Placed, State
+from hpctrain.stats.average import NoiseAverage
+from hpctrain.stats.noise import GroupSums, NoiseEstimate
+from hpctrain.stats.skew import DataSkew, data_skew, within_ranks
+from hpctrain.throttle import Throttle
+from hpctrain.transport.communicator import Communicator
+
+Form = Literal["off", "groups", "pieces", "sketch"]
+
+PIECES_EVERY = 8
+"""Measured steps from one that is split to the next, on a single rank."""
+INSIDE_EVERY = 64
+"""Measured steps from one look inside the ranks to the next."""
+SKETCH_EVERY = 16
+"""Measured steps from one sketch to the next."""
+_LOOKS = 64
+"""Looks inside the ranks that are remembered."""
+
+
+def choose_form(
+    measure: Literal["auto", "on", "off"],
+    *,
+    needed: bool,
+    exact: bool,
+    ranks: int,
+    replicas: int,
+    own_pace: bool,
+) -> Form:
+    """How a run is measured. Local, pure.
+
+    Args:
+        measure: `batch.measure`; auto measures what costs neither a message nor a pass.
+        needed: Whether the policy or the step size needs it.
+        exact: Whether the exchange leaves the mean gradient.
+        ranks: How many.
+        replicas: How many of those.
+        own_pace: Whether replicas make unequal numbers of steps.
+
+    Raises:
+        ConfigError: it is needed and cannot be had.
+    """
+    wanted = needed or measure == "on"
+    if measure == "off":
+        return "off"
+    if exact and replicas == 1 and ranks > 1:
+        return "groups"
+    if not wanted:
+        return "off"
+    if ranks == 1:
+        return "pieces"
+    if own_pace:
+        raise ConfigError(
+            "gradient noise compares the gradients that all ranks take at the same step, and with "
+            "asynchronous [[sync]] rules ranks go at their own pace: set batch.measure = "
+            '"off" with batch.kind = "fixed" or "adabatch", or let the rules meet (asynchronous = '
+            "false)"
+        )
+    return "sketch"
+
+
+class Measurement:
+    """The gradient noise of one run. Collective to make.
+
+    Args:
+        form: From `choose_form`.
+        comm: All ranks.
+        flat: The model.
+        seed: Of the sketches; equal on all ranks.
+        population: Samples of the training set, where each step draws from them without
+            replacement and without change; None else.
+        look_inside: Whether ranks are split now and then to compare the noise inside them with
+            that between them; without it only micro-batches that are there anyway are looked at.
+        every_step: Measure every step, whatever it costs.
+    """
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        comm: Communicator,
+        flat: FlatModel,
+        replicas: int,
+        *,
+        n_samples: int,
+        own_pace: bool,
+    ) -> Measurement:
+        """Collective. As a run on so many training samples needs it.
+
+        Raises:
+            ConfigError: it is needed and cannot be had.
+        """
+        form = choose_form(
+            run.batch.measure,
+            needed=run.needs_noise,
+            exact=run.exchange.exact,
+            ranks=comm.size,
+            replicas=replicas,
+            own_pace=own_pace,
+        )
+        return cls(
+            form,
+            comm,
+            flat,
+            run.seed,
+            population=None if getattr(run.data, "augment", "none") != "none" else n_samples,
+            look_inside=run.needs_noise or run.batch.measure == "on",
+            every_step="epoch" in run.batch.needs,
+        )
+
+    def __init__(
+        self,
+        form: Form,
+        comm: Communicator,
+        flat: FlatModel,
+        seed: int,
+        *,
+        population: int | None = None,
+        look_inside: bool = False,
+        every_step: bool = False,
+    ) -> None:
+        self.form, self._seed = form, seed
+        self._ranks = comm.size
+        self._look_inside, self._every_step = look_inside, every_step
+        self._meter = Meter(flat)
+        self._sketches = Sketches(comm) if form == "sketch" else None
+        self._sketch: Sketch | None = None
+        self._measuring = False
+        self._average = NoiseAverage(population)
+        self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)
+        """(noise between ranks, noise inside them) of the last looks inside."""
+        self._throttle = Throttle()
+        self.latest: GroupSums | None = None
+        """The last measured step's own."""
+
+    @property
+    def seconds(self) -> float:
+        """Spent measuring since the start, on this rank."""
+        return self._meter.seconds
+
+    def estimate(self) -> NoiseEstimate | None:
+        """The noise as known now; None before it is. Local, equal on all ranks."""
+        began = time.perf_counter()
+        found = self._average.estimate()
+        self._meter.seconds += time.perf_counter() - began
+        return found
+
+    def skew(self) -> DataSkew | None:
+        """Whether ranks see unlike data; None before enough looks. Local, equal on all ranks."""
+        between_n, inside_n = np.array(self._looks).reshape(-1, 2).T
+        return data_skew(between_n, inside_n)
+
+    def begin(self, step: int, batch: Batch) -> MicroBatches | tuple[()]:
+        """A step begins; the micro-batches to take it in. Collective when a sketch ends."""
+        every = self._throttle.every
+        nth, rest = divmod(step, every)
+        pieces = (self.form == "pieces" and nth % PIECES_EVERY == 0) or (
+            self.form == "groups"
+            and nth % INSIDE_EVERY == 0
+            and (self._look_inside or len(batch.micro_batches) > 1)
+        )
+        due = {"off": False, "groups": True, "pieces": pieces, "sketch": nth % SKETCH_EVERY == 0}
+        self._measuring = rest == 0 and due[self.form]
+        if not self._measuring:
+            return batch.micro_batches
+        if self._sketches is not None:
+            self.settle()
+            self._sketch = Sketch(self._seed * 1_000_003 + step)
+        self._meter.begin(batch.batch_replica, pieces=pieces, sketch=self._sketch)
+        whole = batch.micro_batches
+        if pieces and isinstance(whole, MicroBatches) and len(whole) == 1 and batch.batch_local > 1:
+            return whole.halved()
+        return whole
+
+    def piece(self, samples: int) -> None:
+        """The next backward pass is of so many samples. Local."""
+        self._meter.piece(samples)
+
+    def end(self, batch: Batch) -> Squares:
+        """Backward is over; what this rank says of it. Collective when a sketch starts."""
+        if not self._measuring:
+            return Squares()
+        squares = self._meter.end(batch.batch_local)
+        if self._sketches is not None and self._sketch is not None:
+            self._sketches.start(self._sketch, batch.batch_replica, batch.batch_local)
+            self._sketch = None
+            return Squares()
+        return squares
+
+    def settled(self, sums: Sums, samples: int) -> GroupSums | None:
+        """The exchange has left the mean gradient. Local; equal on all ranks.
+
+        Args:
+            sums: What the ranks of the replica said of the step.
+            samples: Of the step.
+
+        Returns:
+            What the step's ranks add up to; None where it was not measured so.
+        """
+        if not self._measuring or self.form in ("off", "sketch"):
+            return None
+        groups, weighted_sq = sums.groups, sums.weighted_sq
+        if self.form == "pieces":
+            groups, weighted_sq = sums.pieces, sums.piece_weighted_sq
+        if groups < 2:
+            return None
+        mean_sq = self._meter.mean_sq() if self.form == "groups" else sums.weighted_sq / samples
+        found = GroupSums(groups, samples, weighted_sq, mean_sq)
+        self._take(found)
+        if self.form == "groups" and sums.pieces > groups:
+            inside = within_ranks(sums.piece_weighted_sq, weighted_sq, sums.pieces, groups)
+            self._looks.append((found.moments()[0], inside))
+        return found
+
+    def hear(self, sums: Sums) -> None:
+        """Take in what all ranks have spent. Local."""
+        if self.form != "off" and not self._every_step:
+            self._throttle.hear(sums, self._ranks)
+
+    def settle(self) -> None:
+        """Collective. Wait for the sketch under way, if any."""
+        found = self._sketches.drain() if self._sketches is not None else None
+        if found is not None and found.groups >= 2:
+            self._take(found)
+
+    def tally(self) -> dict[str, float | None]:
+        """Numbers for metrics.jsonl. Local."""
+        estimate = self.estimate()
+        if estimate is None:
+            return {}
+        return {
+            "bs_bound": estimate.b_s if estimate.resolved else None,
+            "bs_low": estimate.low,
+            "bs_high": estimate.high if estimate.resolved else None,
+            "noise_s2": estimate.s2,
+            "noise_mu2": estimate.mu2,
+            "data_skew": skew.ratio if (skew := self.skew()) else None,
+            "measure_share": self._throttle.share,
+        }
+
+    def remarks(self) -> list[str]:
+        """Warnings for people. Local."""
+        skew = self.skew()
+        if skew is None or not skew.skewed:
+            return []
+        return [
+            "gradients differ more between ranks than inside them: ranks do not see the same data "
+            "(sorted or partitioned?), and the measured B_S is too large"
+        ]
+
+    def state(self) -> State:
+        """Local, after `settle`."""
+        looks = torch.tensor(list(self._looks), dtype=torch.float64).view(-1, 2)
+        here = State({"looks": Placed(looks)}, {"every": self._throttle.every})
+        average = State.nested({"average": self._average.state()})
+        return State(here.tensors | average.tensors, here.counters | average.counters)
+
+    def load_state(self, state: State) -> None:
+        """Local."""
+        self._average.load_state(state.below("average"))
+        self._looks.clear()
+        self._looks.extend((b, i) for b, i in state.tensors["looks"].tensor.tolist())
+        self._throttle.every = int(state.counters["every"] or 1)
+
+    def _take(self, found: GroupSums) -> None:
+        self._average.add(found)
+        self.latest = found
