@@ -10,8 +10,10 @@ from typing import Any
 
 import hpctrain
 from hpctrain.assemble import Options, World, open_session
+from hpctrain.calibrate import calibrate
 from hpctrain.config import Loaded, from_mapping, load
 from hpctrain.errors import EXIT_COMPLETE, EXIT_STOPPED, ConfigError, UsageError
+from hpctrain.runs.calibration import Wanted
 from hpctrain.session import Session
 from hpctrain.table import parse_duration_s
 from hpctrain.train import rehearse, run_training
@@ -95,6 +97,14 @@ def launch(loaded: Loaded, options: Options) -> int:
     with mpi.guard().guarded():
         outcome = run_on(world, loaded, options)
     return EXIT_COMPLETE if outcome.complete or options.dry_run else EXIT_STOPPED
+
+
+def launch_calibration(loaded: Loaded, run: Path, wanted: Wanted) -> int:
+    """Collective. Start MPI, calibrate the run in a folder, and give the process's exit code."""
+    world = _mpi_world()
+    with mpi.guard().guarded():
+        found = calibrate(world, loaded, run, wanted, lambda line: print(line, flush=True))
+    return EXIT_STOPPED if found is None else EXIT_COMPLETE
 
 
 def run_on(world: World, loaded: Loaded, options: Options) -> Outcome:

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from hpctrain import __version__
+from hpctrain.commands.calibrate import calibrate
 from hpctrain.commands.container import app as container
 from hpctrain.commands.doctor import doctor, topology
 from hpctrain.commands.submit import submit
@@ -184,6 +185,7 @@ def logs(
 
 
 app.command()(submit)
+app.command()(calibrate)
 app.command()(doctor)
 app.command()(topology)
 app.add_typer(container, name="container")

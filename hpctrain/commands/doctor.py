@@ -49,7 +49,7 @@ def doctor(
             report.show(_console())
         return report.exit_code
 
-    _let_errors_speak()
+    let_errors_speak()
     raise typer.Exit(run(out, show, with_launcher=mpi or None, limit_s=limit_s))
 
 
@@ -75,7 +75,7 @@ def topology(
             console.print(remark)
         return EXIT_COMPLETE
 
-    _let_errors_speak()
+    let_errors_speak()
     raise typer.Exit(run(groups, show))
 
 
@@ -90,7 +90,7 @@ def _console() -> Console:
     return make_console(choose_display("auto", terminal, os.environ), terminal, os.environ)
 
 
-def _let_errors_speak() -> None:
+def let_errors_speak() -> None:
     """Ranks above 0 were hushed; what goes wrong on one of them alone must be heard."""
     if launch_from_environment().rank > 0 and sys.__stderr__ is not None:
         sys.stderr = sys.__stderr__

@@ -30,7 +30,7 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"api", "drop_in"},
-    {"launch", "doctor"},
+    {"launch", "doctor", "calibrate"},
     {"train", "assemble"},
     {"session", "reconcile"},
     {"batch_control"},
