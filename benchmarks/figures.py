@@ -363,6 +363,44 @@ def critical_batch(results: Path) -> Figure:
     return figure
 
 
+def batch_policies(results: Path) -> Figure:
+    """Per task: seconds to the target by fixed batch and by policy; the policy's batches."""
+    tasks = read(results / "batch_policies.json")["tasks"]
+    title = "Time to a common loss, 4 nodes x 1 rank at 1 Gbit/s: fixed batches and policies"
+    figure, panels = panels_of(2, len(tasks), (3.1 * len(tasks), 5.6), title)
+    kinds = {"AdaBatch": "C1", "DiveBatch": "C2", "goodput": OURS}
+    for column, (task, found) in enumerate(tasks.items()):
+        above, below = panels[column], panels[len(tasks) + column]
+        swept = {
+            int(name.split()[1]): one
+            for name, one in found["methods"].items()
+            if one["family"] == "fixed" and all(one["reached"])
+        }
+        above.plot(
+            list(swept), [one["mean_s"] for one in swept.values()], "o-", color=INK, markersize=3
+        )
+        for family, color in kinds.items():
+            mine = [one for one in found["methods"].values() if one["family"] == family]
+            if not mine:
+                continue
+            best = min(mine, key=lambda one: one["mean_s"])
+            above.axhline(best["mean_s"], color=color, label=family)
+            batches = [[d["samples"], d["batch_global"]] for d in best["plan"]]
+            batches.append([best["samples"][0], batches[-1][1]])
+            samples, taken = zip(*batches, strict=True)
+            below.step(samples, taken, where="post", color=color, label=family)
+        above.set_xscale("log", base=2)
+        above.set_yscale("log")
+        above.set_xlabel("fixed batch")
+        above.set_title(task)
+        below.set_yscale("log", base=2)
+        below.set_xlabel("samples")
+    panels[0].set_ylabel("seconds to the target")
+    panels[len(tasks)].set_ylabel("batch, seed 0")
+    panels[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -380,6 +418,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "non_iid": non_iid,
     "decentralised": decentralised,
     "critical_batch": critical_batch,
+    "batch_policies": batch_policies,
 }
 
 

@@ -22,7 +22,6 @@ the tolerance too.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from hpctrain.assemble import Options, World, open_session
 from hpctrain.batch.lr import adascale_gain
 from hpctrain.config import Loaded
 from hpctrain.errors import NonFinite, UsageError
+from hpctrain.place import agree_on
 from hpctrain.runs import manifest, restore
 from hpctrain.runs.calibration import (
     FILE,
@@ -56,16 +56,16 @@ Say = Callable[[str], None]
 
 
 def calibrate(
-    world: World, loaded: Loaded, folder: Path, wanted: Wanted, say: Say
+    world: World, loaded: Loaded, checkpoint: Path, wanted: Wanted, say: Say
 ) -> Calibration | None:
-    """Collective. Find the critical batch of the run in `folder`; writes calibration.json there.
+    """Collective. Find the critical batch of a run; writes calibration.json into its folder.
 
-    Nothing else in the folder is changed.
+    Nothing else there is changed.
 
     Args:
         world: The ranks; their number may differ from the run's.
         loaded: The run's configuration.
-        folder: The run folder.
+        checkpoint: A run folder, whose newest checkpoint is taken, or one of its checkpoints.
         wanted: What is tried.
         say: Called on rank 0 with every line of the report as soon as it is known.
 
@@ -79,7 +79,10 @@ def calibrate(
         WriteError: the result cannot be written.
     """
     say = say if world.comm.rank == 0 else _say_nothing
-    found = find_checkpoint(folder, wanted.step, world.comm)
+    found = agree_on(checkpoint, world.comm)
+    folder = found.path.parent.parent
+    if world.comm.rank == 0:
+        refuse_running(folder)
     quiet = _quiet(loaded, world.comm.size)
     branches: list[Branch] = []
     noise: NoiseEstimate | None = None
@@ -105,7 +108,7 @@ def calibrate(
     if math.isinf(branches[0].loss):
         raise NonFinite(
             f"{folder}: from step {found.step} the run's own batch of {batch} samples comes to a "
-            "loss or gradient that is inf or NaN; take an earlier checkpoint (--step)"
+            "loss or gradient that is inf or NaN; take an earlier checkpoint"
         )
     within = wanted.tolerance.allows(branches[-1].loss, branches[0].loss)
     result = Calibration(
@@ -126,37 +129,18 @@ def calibrate(
     return result
 
 
-def find_checkpoint(folder: Path, step: int | None, comm: Communicator) -> manifest.Found:
-    """Collective. The newest good checkpoint of a run, or that of a step, as rank 0 sees it.
+def refuse_running(folder: Path) -> None:
+    """Local, rank 0.
 
     Raises:
-        UsageError: there is none, or the run is running and may delete it.
-        DataError: it is damaged.
+        UsageError: the run in `folder` is running and may delete the checkpoint.
     """
-    payload = None
-    if comm.rank == 0:
-        status = read_status(folder)
-        if status and is_running(status):
-            raise UsageError(
-                f"{folder}: this run is still running and deletes old checkpoints; stop it first "
-                f"(`hpctrain stop {folder}`), or calibrate a copy of the folder"
-            )
-        checkpoints = folder / "checkpoints"
-        if step is None:
-            found = manifest.latest(checkpoints)
-        else:
-            path = checkpoints / manifest.folder_name(step)
-            found = manifest.verify(path) if path.is_dir() else None
-        if found is None:
-            have = [path.name for path in manifest.checkpoints(checkpoints)]
-            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-            raise UsageError(
-                f"{folder}: has no {wanted}; give the folder of a run that has one"
-                + (f", or one of these steps: {', '.join(have)}" if have else "")
-            )
-        payload = json.dumps([str(found.path), found.step, found.size]).encode()
-    path_text, found_step, size = json.loads(comm.broadcast_bytes(payload, root=0))
-    return manifest.Found(Path(path_text), found_step, size)
+    status = read_status(folder)
+    if status and is_running(status):
+        raise UsageError(
+            f"{folder}: this run is still running and deletes old checkpoints; stop it first "
+            f"(`hpctrain stop {folder}`), or calibrate a copy of the folder"
+        )
 
 
 def choose_samples(wanted: Wanted, batch: int, session: Session) -> int:

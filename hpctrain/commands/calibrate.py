@@ -7,12 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from hpctrain.commands.doctor import let_errors_speak
-from hpctrain.errors import UsageError
+from hpctrain.commands.output import let_errors_speak
 
 
 def calibrate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with a checkpoint.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|STEP", help="A run folder (its newest checkpoint) or a checkpoint in one."
+        ),
+    ],
     most: Annotated[
         int, typer.Option(metavar="16", help="Batches up to so many times the run's own.")
     ] = 16,
@@ -31,10 +35,6 @@ def calibrate(
     tolerance: Annotated[
         str, typer.Option(metavar="0.01|1%", help="How much higher a larger batch's loss may be.")
     ] = "0.01",
-    step: Annotated[
-        int | None,
-        typer.Option(help="Start from the checkpoint of this step. Default: the newest."),
-    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="table.key=value", help="Override one value of the run's."),
@@ -46,13 +46,28 @@ def calibrate(
     largest whose loss keeps up is the critical batch. Writes calibration.json into the run folder
     and changes nothing else there.
     """
-    from hpctrain.api import launch_calibration
+    from hpctrain.api import on_all_ranks
+    from hpctrain.assemble import World
+    from hpctrain.calibrate import calibrate as find_critical_batch
     from hpctrain.config import load
+    from hpctrain.errors import EXIT_COMPLETE, EXIT_STOPPED, UsageError
+    from hpctrain.place import run_of
     from hpctrain.runs.calibration import Tolerance, Wanted
 
-    if not (run / "config.toml").is_file():
-        raise UsageError(f"{run}: no run folder; give the one that holds config.toml")
-    wanted = Wanted(most, samples, lr, Tolerance.parse(tolerance), step)
+    run = run_of(checkpoint)
+    if run is None:
+        raise UsageError(
+            f"{checkpoint}: no run folder; give one that holds config.toml and checkpoints/, or "
+            "one of its checkpoints"
+        )
     loaded = load(run / "config.toml", set_ or [])
+    wanted = Wanted(most, samples, lr, Tolerance.parse(tolerance))
+
+    def body(world: World) -> bool:
+        def say(line: str) -> None:
+            print(line, flush=True)
+
+        return find_critical_batch(world, loaded, checkpoint, wanted, say) is not None
+
     let_errors_speak()
-    raise typer.Exit(launch_calibration(loaded, run, wanted))
+    raise typer.Exit(EXIT_COMPLETE if on_all_ranks(body) else EXIT_STOPPED)

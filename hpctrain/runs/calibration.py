@@ -71,8 +71,6 @@ class Wanted:
     lr: LrRule | None = None
     """How the step size follows the batch; None: linear for SGD, sqrt for AdamW."""
     tolerance: Tolerance = Tolerance(0.01)
-    step: int | None = None
-    """Of the checkpoint; None: the newest."""
 
     def __post_init__(self) -> None:
         if self.most < 2 or self.most & (self.most - 1):
@@ -101,7 +99,7 @@ class Wanted:
         if left < 2 * block:
             raise UsageError(
                 f"the cosine of [lr] ends {left:.0f} samples after this checkpoint, and {up_to} "
-                f"need {2 * block}; lower --most, or take an earlier checkpoint (--step)"
+                f"need {2 * block}; lower --most, or take an earlier checkpoint"
             )
         if self.samples is None:
             blocks = max(math.ceil(samples_per_epoch / 2 / block), 8)

@@ -7,6 +7,7 @@ from hpctrain.assemble import Options, World
 from hpctrain.calibrate import calibrate
 from hpctrain.config import from_mapping, load
 from hpctrain.runs.calibration import FILE, Wanted
+from hpctrain.runs.manifest import folder_name
 from tests.golden_run import MLP, step_losses
 
 
@@ -16,8 +17,9 @@ def test_the_first_branch_is_what_the_run_itself_did(comm, rank_tmp_path):
     run_on(World(comm), from_mapping(tree), Options(out=folder))
     comm.barrier()
     loaded = load(folder / "config.toml")
-    wanted = Wanted(most=4, samples=8 * 50, step=10)
-    found = calibrate(World(comm), loaded, folder, wanted, print)
+    wanted = Wanted(most=4, samples=8 * 50)
+    checkpoint = folder / "checkpoints" / folder_name(10)
+    found = calibrate(World(comm), loaded, checkpoint, wanted, print)
     comm.barrier()
     assert found is not None
     assert found.branches[0].losses == step_losses(folder)[10:]

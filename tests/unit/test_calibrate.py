@@ -27,7 +27,7 @@ from hpctrain.runs.calibration import (
     block_means,
     smoothed,
 )
-from hpctrain.runs.manifest import fingerprint
+from hpctrain.runs.manifest import fingerprint, folder_name
 from hpctrain.stats.noise import NoiseEstimate
 from hpctrain.transport.threads import RankError, run_threads
 from tests.golden_run import MLP, step_losses
@@ -40,7 +40,7 @@ DIGITS: dict[str, Any] = MLP | {
     "checkpoint": {"every_steps": 32},
     "evaluate": {"every_epochs": 0, "replicas": "never"},
 }
-WANTED = Wanted(most=4, samples=512, step=32)
+WANTED = Wanted(most=4, samples=512)
 NOISE = NoiseEstimate(101.0, 80.0, 130.0, True, 1.0, 0.01, 50)
 
 
@@ -51,13 +51,16 @@ def train(tree: dict[str, Any], ranks: int, folder: Path) -> Path:
     return folder
 
 
-def find(folder: Path, ranks: int, wanted: Wanted, *overrides: str) -> Calibration:
+def find(
+    folder: Path, ranks: int, wanted: Wanted, *overrides: str, step: int | None = None
+) -> Calibration:
     """What all ranks found, which is the same."""
     loaded, said = load(folder / "config.toml", overrides), []
+    where = folder if step is None else folder / "checkpoints" / folder_name(step)
     try:
         found = run_threads(
             ranks,
-            lambda comm: calibrate(World(comm), loaded, folder, wanted, said.append),
+            lambda comm: calibrate(World(comm), loaded, where, wanted, said.append),
             only_waits=True,
         )
     except RankError as error:
@@ -76,7 +79,7 @@ def files_of(folder: Path) -> dict[str, Any]:
 def test_the_first_branch_is_what_the_run_itself_did(ranks, tmp_path):
     folder = train(DIGITS, ranks, tmp_path / "run")
     before = files_of(folder)
-    found = find(folder, ranks, WANTED)
+    found = find(folder, ranks, WANTED, step=32)
     assert found.branches[0].losses == step_losses(folder)[32:]
     assert [b.batch_global for b in found.branches] == [16, 32, 64][: len(found.branches)]
     assert (found.noise is None) == (ranks == 1)
@@ -94,7 +97,8 @@ def test_branches_do_not_depend_on_the_number_of_ranks(tmp_path):
     tree = DIGITS | {"model": {"kind": "mlp", "widths": [24]}}
     folder = train(tree, 2, tmp_path / "run")
     losses = [
-        [branch.losses for branch in find(folder, ranks, WANTED).branches] for ranks in (1, 2, 3)
+        [branch.losses for branch in find(folder, ranks, WANTED, step=32).branches]
+        for ranks in (1, 2, 3)
     ]
     for other in losses[1:]:
         for branch, expected in zip(other, losses[0], strict=True):
@@ -113,7 +117,7 @@ def test_a_larger_batch_takes_more_passes_of_the_same_size(tmp_path, monkeypatch
         return step(session, batch, lr, began)
 
     monkeypatch.setattr(module, "train_step", watched)
-    find(folder, 2, Wanted(most=4, samples=256, step=32, tolerance=Tolerance(9.0)))
+    find(folder, 2, Wanted(most=4, samples=256, tolerance=Tolerance(9.0)), step=32)
     assert {shape for shape in shapes if shape[1] == 8} == {(1, 8), (2, 8), (4, 8)}
     assert max(size for _, size in shapes) == 8
 
@@ -143,7 +147,7 @@ def test_an_adaptive_run_branches_from_the_batch_it_has_come_to(tmp_path):
     lines = [json.loads(line) for line in (folder / "batch_plan.jsonl").read_text().splitlines()]
     now = [line["batch_global"] for line in lines if line["step"] < 32][-1]
     assert now > 16
-    found = find(folder, 2, Wanted(most=2, samples=512, step=32))
+    found = find(folder, 2, Wanted(most=2, samples=512), step=32)
     assert found.branches[0].batch_global == now
     recorded = step_losses(folder)[32:]
     assert found.branches[0].losses[0] == recorded[0]
@@ -151,7 +155,7 @@ def test_an_adaptive_run_branches_from_the_batch_it_has_come_to(tmp_path):
 
 def test_replicas_that_meet_are_calibrated_and_others_refused(tmp_path):
     tree = DIGITS | {"exchange": {"kind": "none"}, "sync": [{"kind": "average", "every": 4}]}
-    found = find(train(tree, 2, tmp_path / "meet"), 2, WANTED)
+    found = find(train(tree, 2, tmp_path / "meet"), 2, WANTED, step=32)
     assert found.branches[0].losses[0] > found.branches[0].losses[-1]
     tree["sync"] = [{"kind": "downpour", "every": 4}]
     with pytest.raises(UsageError, match="calibrate a run whose rules meet"):
@@ -164,14 +168,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UsageError, match="ends 0 samples after this checkpoint"):
         find(folder, 1, Wanted(most=2))
     with pytest.raises(UsageError, match="at least 64, and at most 512"):
-        find(folder, 1, Wanted(most=2, step=32, samples=513))
-    assert find(folder, 1, Wanted(most=2, step=32)).samples == 512
-    with pytest.raises(UsageError, match="one of these steps: step-00000064, step-00000032"):
-        find(folder, 1, Wanted(step=31))
+        find(folder, 1, Wanted(most=2, samples=513), step=32)
+    assert find(folder, 1, Wanted(most=2), step=32).samples == 512
+    with pytest.raises(UsageError, match="is no folder"):
+        find(folder, 1, Wanted(), step=31)
     with pytest.raises(UsageError, match="B_S is not known"):
-        find(folder, 1, Wanted(most=2, step=32, lr="adascale"))
+        find(folder, 1, Wanted(most=2, lr="adascale"), step=32)
     with pytest.raises(NonFinite, match="own batch of 16 samples"):
-        find(folder, 1, Wanted(most=2, step=32), "lr.base=1e200")
+        find(folder, 1, Wanted(most=2), "lr.base=1e200", step=32)
     assert not (tmp_path / "none").exists()
     assert run_command_line(["calibrate", str(tmp_path / "none")]) == 2
     for given_text in ("0", "-1", "x", "nan", "inf%"):
