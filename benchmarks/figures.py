@@ -350,6 +350,61 @@ def replication(results: Path) -> Figure:
     return figure
 
 
+def critical_batch(results: Path) -> Figure:
+    """Iterations by batch and by delay beside the laws; hpctrain's rule beside the best step."""
+    record = read(results / "critical_batch.json")
+    title = "Interpolating least squares: iterations to 1/1000 of the first loss, best step size"
+    figure, (batches, delays, rules) = panels_of(1, 3, (12, 3.8), title)
+    shown = {"blocks": ("M = 31 at every w", OURS), "gaussian": ("Gaussian rows", INK)}
+    for name, (label, color) in shown.items():
+        problem = record["problems"][name]
+        noise = statistics.fmean(problem["M"]["at_target"])
+        for panel, other, law in (
+            (batches, "delay", lambda x, m=noise: 1 + m / x),
+            (delays, "batch", lambda x, m=noise: 1 + m + x),
+        ):
+            key = "batch" if other == "delay" else "delay"
+            rows = [r for r in problem["rows"] if r[other] == (0 if other == "delay" else 1)]
+            places = np.array([row[key] for row in rows], float)
+            counts = np.array([row["iterations"] for row in rows])
+            panel.plot(places, counts, "o", color=color, markersize=3)
+            curve = law(places)
+            scale = np.exp(np.log(counts.mean(1) / curve).mean())
+            panel.plot(places, scale * curve, color=color, linewidth=1, label=label)
+            panel.axvline(noise, color=color, linewidth=0.8, linestyle=":")
+    batches.set_xscale("log", base=2)
+    batches.set_title("lines: 1 + M/B; dotted: B = M", fontsize=10)
+    batches.set_xlabel("batch, no delay")
+    delays.set_title("lines: 1 + M + delay; dotted: delay = M", fontsize=10)
+    delays.set_xlabel("delay, one sample a step")
+    kinds = {"rule": ("from the best step at B = 1", LIMIT), "rule_from_theorem":
+             ("from 1 / (L (1 + M))", OURS), "rule_twice_the_delay":
+             ("the delay counted twice", INK)}  # fmt: skip
+    rows = [r for r in record["problems"]["blocks"]["rows"] if r["batch"] == 1]
+    for key, (label, color) in kinds.items():
+        found = [
+            (row["delay"], statistics.fmean(c / b for c, b in zip(row[key], row["iterations"],
+             strict=True))) for row in rows if None not in row[key]
+        ]  # fmt: skip
+        rules.plot(*np.array(found).T, "o-", color=color, markersize=3, linewidth=1, label=label)
+        lost = [row["delay"] for row in rows if None in row[key]]
+        rules.plot(lost, [6.5] * len(lost), "x", color=color)
+    for panel in (delays, rules):
+        panel.set_xscale("symlog", base=2, linthresh=2)
+        panel.set_xticks(ticks := [0, 2, 8, 32, 128], map(str, ticks))
+        panel.set_xlim(-0.3, 340)
+    rules.set(xlabel="delay, one sample a step", yscale="log", ylim=(0.9, 7.5))
+    rules.set_yticks(ticks := [1, 1.5, 2, 3, 4, 6], map(str, ticks))
+    rules.minorticks_off()
+    rules.set_title('[lr] "stich", M = 31, over best; x: diverges', fontsize=10)
+    for panel in (batches, delays):
+        panel.set_yscale("log")
+    batches.set_ylabel("iterations")
+    for panel in (batches, delays, rules):
+        panel.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def batch_policies(results: Path) -> Figure:
     """Per task: seconds to the target by fixed batch and by policy; the policy's batches."""
     tasks = read(results / "batch_policies.json")["tasks"]
@@ -405,6 +460,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "non_iid": non_iid,
     "decentralised": decentralised,
     "replication": replication,
+    "critical_batch": critical_batch,
     "batch_policies": batch_policies,
 }
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"api", "drop_in"},
-    {"launch", "doctor", "appraisal"},
+    {"launch", "doctor", "appraisal", "calibrate"},
     {"train", "assemble"},
     {"session", "reconcile"},
     {"batch_control"},
