@@ -18,6 +18,7 @@ import torch
 from hpctrain import __version__
 from hpctrain.agreement import Agreement
 from hpctrain.batch_control import BatchControl
+from hpctrain.census import measure_diversity
 from hpctrain.clock import Clock
 from hpctrain.config import Loaded, Run
 from hpctrain.data.loader import Loader
@@ -34,6 +35,7 @@ from hpctrain.optimiser import AppliedUpdate
 from hpctrain.place import Place, claimed
 from hpctrain.randomness import RandomState
 from hpctrain.reconcile import caution, find_scopes, hold_probe, make_rules
+from hpctrain.regularise.regularisers import Regularisers
 from hpctrain.replicas import Replicas
 from hpctrain.runs import environment, restore
 from hpctrain.runs.checkpoint import Checkpointer
@@ -137,6 +139,7 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             replicas=replicas.count,
             flat=flat,
             measurement=measurement,
+            census=lambda: measure_diversity(flat, data.spec, train, comm).b_s,
         )
         session = Session(
             run=run,
@@ -154,7 +157,9 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
             replicas=replicas,
             agreement=Agreement(comm, replicas, own_pace=rules.own_pace),
             rules=rules,
-            perturbations=[r.build(flat, run.seed + replicas.mine) for r in run.regulariser],
+            regularisers=Regularisers(
+                [(r.kind, r.build(flat, run.seed + replicas.mine)) for r in run.regulariser]
+            ),
             views=Views(flat, replicas, comm),
             random=random,
             watchdog=watchdog,

@@ -22,6 +22,10 @@ from hpctrain.state import State
 from hpctrain.stats.epoch import EpochDiversity
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
+_ALIKE = 0.1
+"""Where ranks hear of several steps at once, a short last batch of an epoch lowers their mean: up
+to such a share it counts as the batch that was decided."""
+
 
 @dataclass(frozen=True)
 class Next:
@@ -60,7 +64,7 @@ class BatchControl:
         replicas: int,
         flat: FlatModel,
         measurement: Measurement,
-        census: Callable[[], float] | None = None,
+        census: Callable[[], float],
     ) -> None:
         config.require_ranks(ranks)
         self._config, self._lr = config, lr
@@ -84,7 +88,8 @@ class BatchControl:
         ended, self._epochs = epochs > self._epochs, epochs
         if ended:
             self._close_epoch()
-        looks = bool(self._config.needs) or self._lr.kind == "adascale"
+        asked = bool(self._config.needs) or self._lr.kind == "adascale"
+        looks = asked and not self._config.replays
         if self._held and looks and not ended and clock.step % self._config.check_every:
             return Next(self._held)
         seen = self._seen(clock)
@@ -92,8 +97,12 @@ class BatchControl:
         found = replace(found, gain=found.gain * self._rule_gain(found.batch_global, seen.noise))
         before, self._held = self._held, found
         resized = before is not None and before.batch_global != found.batch_global
-        changed = before is None or resized or before.gain != found.gain
-        return Next(found, considered=changed or bool(found.reason), changes_batch=resized)
+        if not found.reason and before is None:
+            start = f"{found.batch_global} to start with"
+            found = replace(found, reason=start, facts={"splits": seen.splits})
+        elif before is not None and not found.reason and before.gain != found.gain:
+            found = replace(found, reason=f"step size x {found.gain:.3g}")
+        return Next(found, considered=bool(found.reason), changes_batch=resized)
 
     def take(self, sums: GroupSums | None) -> None:
         """Local. A step's groups, with the step's mean gradient in the flat gradient."""
@@ -109,12 +118,18 @@ class BatchControl:
         if "times" not in self._config.needs or timed <= 0:
             return
         samples = (sums.samples_timed - told.samples_timed) * self._ranks / timed
-        step_s = (sums.step_s - told.step_s) / timed
+        if self._held and abs(samples / self._held.batch_global - 1.0) < _ALIKE:
+            samples = self._held.batch_global
+        step_s = (sums.step_s - told.step_s - (sums.sync_s - told.sync_s)) / timed
+        # Meetings are rare and dear: a median of some steps would leave them out.
+        step_s += sums.sync_s / sums.steps_timed
         self._times.add(round(samples), step_s, (sums.compute_s - told.compute_s) / timed)
 
     def fix_times(self, times: StepTimes) -> None:
-        """Local. From now on the policy sees these times, whatever steps take: for studies on
-        ranks whose own times tell nothing."""
+        """Local. From now on the policy sees these times, whatever steps take.
+
+        For studies on ranks whose own times tell nothing.
+        """
         self._fixed_times = times
 
     def state(self) -> State:
@@ -156,6 +171,7 @@ class BatchControl:
             latest=self._measurement.latest,
             times=self._fixed_times or self._times.times,
             epoch_diversity=self._epoch_b_s,
+            splits=self._measurement.form == "pieces",
         )
 
     def _rule_gain(self, batch_global: int, noise: NoiseEstimate | None) -> float:
@@ -173,5 +189,4 @@ class BatchControl:
             self._epoch_b_s = self._epoch.b_s()
             self._epoch.reset()
         elif "oracle" in self._config.needs:
-            assert self._census is not None
             self._epoch_b_s = self._census()

@@ -28,7 +28,7 @@ from hpctrain.exchange import ExchangeConfig
 from hpctrain.exchange.dense import Dense
 from hpctrain.models import ModelConfig
 from hpctrain.optimiser import OptimiserConfig, Sgd
-from hpctrain.regularise import RegulariserConfig
+from hpctrain.regularise import RegulariserConfig, require_fit
 from hpctrain.runs.checkpoint import CheckpointConfig
 from hpctrain.runs.record import RecordConfig
 from hpctrain.settings import Evaluate, TopologyConfig, Train, Watchdog
@@ -69,6 +69,7 @@ class Run(Table):
     """Rules that reconcile parameters, innermost scope first."""
     topology: TopologyConfig = TopologyConfig()
     regulariser: list[RegulariserConfig] = []
+    """What is added to the loss or the gradient; each kind once."""
     train: Train
     evaluate: Evaluate = Evaluate()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -83,6 +84,7 @@ class Run(Table):
     @model_validator(mode="after")
     def _combinations(self) -> Run:
         self.exchange.require_fit(self.train, self.optimiser)
+        require_fit(self.regulariser, self.exchange.gives)
         if self.sync and self.exchange.scope == "world":
             raise ValueError(
                 "[[sync]] rules reconcile replicas, and an exchange over all ranks keeps one: set "
@@ -95,6 +97,17 @@ class Run(Table):
             )
         if self.train.autocast != "off" and self.train.device == "cpu":
             raise ValueError('train.autocast = "bfloat16" needs train.device = "cuda" or "auto"')
+        if self.lr.kind == "adascale" and self.optimiser.kind != "sgd":
+            raise ValueError(
+                f'lr.kind = "adascale" is a rule for optimiser.kind = "sgd"; with '
+                f'"{self.optimiser.kind}" set lr.kind = "sqrt"'
+            )
+        self.batch.require_fit(
+            self.train,
+            self.lr,
+            exact=self.exchange.exact and self.exchange.scope == "world",
+            own_pace=any(rule.own_pace for rule in self.sync),
+        )
         return self
 
 

@@ -86,6 +86,7 @@ class Journal:
         source: BytesSource,
         exchange: dict[str, float],
         sync: dict[str, float],
+        regulariser: dict[str, float],
         noise: Callable[[], Mapping[str, float | None]],
     ) -> None:
         """A step is done.
@@ -100,6 +101,7 @@ class Journal:
             source: Of the bytes.
             exchange: The exchange's own numbers.
             sync: The rules' own numbers.
+            regulariser: The regularisers' own numbers.
             noise: Gives those of the gradient noise; asked for a line that is written.
         """
         if sums is not None:
@@ -115,6 +117,7 @@ class Journal:
                     passes=passes,
                     bytes_source=source,
                     sync=sync or None,
+                    regulariser=regulariser or None,
                     **exchange,
                     **noise(),
                     **self._rates(sums),

@@ -1,24 +1,16 @@
-"""Measures the gradient noise of a run while it trains.
-
-How, follows from the exchange and the replicas (`choose_form`):
-
-    groups   every rank's gradient is a group, its square rides on the step's control message and
-             the exchange leaves the mean: no message, no pass
-    pieces   a single rank: on every 8th step its micro-batches are groups, a lone one in halves
-    sketch   no rank holds the mean gradient (sparse or lossy exchanges, several replicas): random
-             sketches of all ranks' gradients are summed every 16 steps. With several replicas each
-             is at its own parameters, and their differences count as noise
+"""Measures the gradient noise of a run while it trains, in the form that `forms.py` chooses.
 
 What is measured is the gradient of the data: before compression, clipping, decay and penalties.
-The time spent is measured too; where it is over 3 % of a step, every second, fourth, ...
-step is measured. The seconds of the halves on steps that are split count as computing.
+The time spent is measured too; where it is over 3 % of a step, every second, fourth, ... step is
+measured, unless `batch.measure = "on"` asks for all of them. The seconds of the halves on steps
+that are split count as computing.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Literal
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -26,68 +18,23 @@ import torch
 from hpctrain.config import Run
 from hpctrain.control import Sums
 from hpctrain.data.loader import Batch, MicroBatches
-from hpctrain.errors import ConfigError
+from hpctrain.forms import Form, choose_form
 from hpctrain.meter import Meter, Squares
 from hpctrain.models.flat import FlatModel
 from hpctrain.sketches import Sketch, Sketches
-from hpctrain.state import Placed, State
+from hpctrain.state import Counter, Placed, State
 from hpctrain.stats.average import NoiseAverage
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 from hpctrain.stats.skew import DataSkew, data_skew, within_ranks
 from hpctrain.throttle import Throttle
 from hpctrain.transport.communicator import Communicator
 
-Form = Literal["off", "groups", "pieces", "sketch"]
-
 PIECES_EVERY = 8
 """Measured steps from one that is split to the next, on a single rank."""
 INSIDE_EVERY = 64
-"""Measured steps from one look inside the ranks to the next."""
-SKETCH_EVERY = 16
-"""Measured steps from one sketch to the next."""
+"""Measured steps from one look inside ranks of several micro-batches to the next."""
 _LOOKS = 64
 """Looks inside the ranks that are remembered."""
-
-
-def choose_form(
-    measure: Literal["auto", "on", "off"],
-    *,
-    needed: bool,
-    exact: bool,
-    ranks: int,
-    replicas: int,
-    own_pace: bool,
-) -> Form:
-    """How a run is measured. Local, pure.
-
-    Args:
-        measure: `batch.measure`; auto measures what costs neither a message nor a pass.
-        needed: Whether the policy or the step size needs it.
-        exact: Whether the exchange leaves the mean gradient.
-        ranks: How many.
-        replicas: How many of those.
-        own_pace: Whether replicas make unequal numbers of steps.
-
-    Raises:
-        ConfigError: it is needed and cannot be had.
-    """
-    wanted = needed or measure == "on"
-    if measure == "off":
-        return "off"
-    if exact and replicas == 1 and ranks > 1:
-        return "groups"
-    if not wanted:
-        return "off"
-    if ranks == 1:
-        return "pieces"
-    if own_pace:
-        raise ConfigError(
-            "gradient noise compares the gradients that all ranks take at the same step, and with "
-            "asynchronous [[sync]] rules ranks go at their own pace: set batch.measure = "
-            '"off" with batch.kind = "fixed" or "adabatch", or let the rules meet (asynchronous = '
-            "false)"
-        )
-    return "sketch"
 
 
 class Measurement:
@@ -100,9 +47,8 @@ class Measurement:
         seed: Of the sketches; equal on all ranks.
         population: Samples of the training set, where each step draws from them without
             replacement and without change; None else.
-        look_inside: Whether ranks are split now and then to compare the noise inside them with
-            that between them; without it only micro-batches that are there anyway are looked at.
-        every_step: Measure every step, whatever it costs.
+        sketch_every: Measured steps from one sketch to the next.
+        throttled: Whether to measure less often where it costs too much.
     """
 
     @classmethod
@@ -135,8 +81,8 @@ class Measurement:
             flat,
             run.seed,
             population=None if getattr(run.data, "augment", "none") != "none" else n_samples,
-            look_inside=run.needs_noise or run.batch.measure == "on",
-            every_step="epoch" in run.batch.needs,
+            sketch_every=4 if replicas == 1 else 8,
+            throttled=run.batch.measure == "auto" and "epoch" not in run.batch.needs,
         )
 
     def __init__(
@@ -147,15 +93,16 @@ class Measurement:
         seed: int,
         *,
         population: int | None = None,
-        look_inside: bool = False,
-        every_step: bool = False,
+        sketch_every: int = 4,
+        throttled: bool = True,
     ) -> None:
         self.form, self._seed = form, seed
         self._ranks = comm.size
-        self._look_inside, self._every_step = look_inside, every_step
+        self._sketch_every, self._throttled = sketch_every, throttled
         self._meter = Meter(flat)
         self._sketches = Sketches(comm) if form == "sketch" else None
         self._sketch: Sketch | None = None
+        self._arrived: GroupSums | None = None
         self._measuring = False
         self._average = NoiseAverage(population)
         self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)
@@ -186,20 +133,22 @@ class Measurement:
         every = self._throttle.every
         nth, rest = divmod(step, every)
         pieces = (self.form == "pieces" and nth % PIECES_EVERY == 0) or (
-            self.form == "groups"
-            and nth % INSIDE_EVERY == 0
-            and (self._look_inside or len(batch.micro_batches) > 1)
+            self.form == "groups" and nth % INSIDE_EVERY == 0
         )
-        due = {"off": False, "groups": True, "pieces": pieces, "sketch": nth % SKETCH_EVERY == 0}
+        sketch = nth % self._sketch_every == 0
+        due = {"off": False, "groups": True, "pieces": pieces, "sketch": sketch}
         self._measuring = rest == 0 and due[self.form]
         if not self._measuring:
             return batch.micro_batches
         if self._sketches is not None:
             self.settle()
+            if self._arrived is not None:
+                self._take(self._arrived)
+                self._arrived = None
             self._sketch = Sketch(self._seed * 1_000_003 + step)
         self._meter.begin(batch.batch_replica, pieces=pieces, sketch=self._sketch)
         whole = batch.micro_batches
-        if pieces and isinstance(whole, MicroBatches) and len(whole) == 1 and batch.batch_local > 1:
+        if self.form == "pieces" and isinstance(whole, MicroBatches) and len(whole) == 1:
             return whole.halved()
         return whole
 
@@ -245,14 +194,14 @@ class Measurement:
 
     def hear(self, sums: Sums) -> None:
         """Take in what all ranks have spent. Local."""
-        if self.form != "off" and not self._every_step:
+        if self._throttled:
             self._throttle.hear(sums, self._ranks)
 
     def settle(self) -> None:
-        """Collective. Wait for the sketch under way, if any."""
+        """Collective. Wait for the sketch under way, if any; it counts when the next one is due."""
         found = self._sketches.drain() if self._sketches is not None else None
         if found is not None and found.groups >= 2:
-            self._take(found)
+            self._arrived = found
 
     def tally(self) -> dict[str, float | None]:
         """Numbers for metrics.jsonl. Local."""
@@ -282,7 +231,10 @@ class Measurement:
     def state(self) -> State:
         """Local, after `settle`."""
         looks = torch.tensor(list(self._looks), dtype=torch.float64).view(-1, 2)
-        here = State({"looks": Placed(looks)}, {"every": self._throttle.every})
+        counters: dict[str, Counter] = {"every": self._throttle.every}
+        if self._arrived is not None:
+            counters |= {f"arrived.{name}": value for name, value in asdict(self._arrived).items()}
+        here = State({"looks": Placed(looks)}, counters)
         average = State.nested({"average": self._average.state()})
         return State(here.tensors | average.tensors, here.counters | average.counters)
 
@@ -292,6 +244,10 @@ class Measurement:
         self._looks.clear()
         self._looks.extend((b, i) for b, i in state.tensors["looks"].tensor.tolist())
         self._throttle.every = int(state.counters["every"] or 1)
+        arrived = state.below("arrived").counters
+        self._arrived = (
+            GroupSums(**{n: float(c or 0.0) for n, c in arrived.items()}) if arrived else None
+        )
 
     def _take(self, found: GroupSums) -> None:
         self._average.add(found)

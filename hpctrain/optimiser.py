@@ -10,7 +10,8 @@ The step size is not here: it comes with every `step(lr, batch)` from the table 
 
 With `half_life_batch` = B0 the memory keeps its half-life in samples where the batch changes: an
 update of B samples takes momentum^(B / B0) (sgd) or b2^(B / B0) (adamw) in place of momentum or b2.
-AdamW then divides v by 1 - b2^(samples so far / B0), which is what its weights add up to.
+AdamW then divides v by 1 - b2^(samples so far / B0), which is what its weights add up to. With sgd
+a gradient moves the parameters by lr / (1 - momentum) in all: a longer memory also moves farther.
 
 Source: Marek et al. 2025, arXiv 2507.07101: b2 at a constant half-life in tokens, b1 as it is. The
 same for the momentum of sgd, and the correction of v for a batch that changes, are ours.

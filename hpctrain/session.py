@@ -34,7 +34,7 @@ from hpctrain.meter import Squares
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import AppliedUpdate, Optimiser
 from hpctrain.randomness import RandomState
-from hpctrain.regularise.sam import Perturbation
+from hpctrain.regularise.regularisers import Regularisers
 from hpctrain.replicas import Replicas
 from hpctrain.runs import signals
 from hpctrain.runs.checkpoint import Checkpointer
@@ -67,7 +67,7 @@ class Session:
     replicas: Replicas
     agreement: Agreement
     rules: Rules
-    perturbations: Sequence[Perturbation]
+    regularisers: Regularisers
     views: Views
     random: RandomState
     watchdog: Watchdog
@@ -105,13 +105,14 @@ class Session:
 
     def lr_for(self, batch: Batch, gain: float) -> float:
         """Local. The step size of the next step, for as many samples as one update takes."""
-        return gain * self.lr.lr_at(
+        return self.lr.lr_at(
             self.clock.samples,
             self.clock.total_samples,
             self.clock.samples_per_epoch,
             batch.batch_global,
             batch.batch_replica or 1,
             getattr(self.run.exchange, "delay", 0),
+            gain=gain,
         )
 
     def moment(self, lr: float, loss: float, samples: int) -> Moment:
@@ -148,11 +149,10 @@ class Session:
             self.clock.step, step.own, step.maxima, step.replica, self.clock.done
         )
         if heard is not None:
-            sums = heard.sums
-            self.clock.follow(sums.steps_done, sums.samples_done, self.comm.size)
+            self.clock.follow(heard.sums.steps_done, heard.sums.samples_done, self.comm.size)
             self.clock.seconds = heard.maxima.seconds
-            self.measurement.hear(sums)
-            self.batch.hear(sums)
+            self.measurement.hear(heard.sums)
+            self.batch.hear(heard.sums)
         if heard is not None and heard.sums.non_finite and not self.rules.mends:
             raise NonFinite(
                 f"the loss of {heard.sums.non_finite:g} update(s) up to step {self.clock.step} was "
@@ -199,6 +199,7 @@ class Session:
             ledger.source,
             self.exchange.tally(),
             self.rules.tally(),
+            self.regularisers.tally(),
             self.measurement.tally,
         )
         for remark in [*self.rules.remarks(), *self.measurement.remarks()]:
@@ -257,16 +258,15 @@ class Session:
     def parts(self) -> dict[str, State]:
         """Local. The state of every component, for a checkpoint."""
         parts = {name: part.state() for name, part in self._stateful().items()}
-        for name in ("model", "optimiser", "exchange", "sync"):
+        for name in ("model", "optimiser", "exchange", "sync", "regulariser"):
             parts[name] = self.replicas.each_its_own(parts[name])
         fired: dict[str, Counter] = {
             "by_epochs": self._by_epochs.fired,
             "by_steps": self._by_steps.fired,
         }
-        of_rank = " ".join(map(str, self.replicas.of_rank))
         return parts | {
             "evaluation": State(counters=fired),
-            "replicas": State(counters={"of_rank": of_rank}),
+            "replicas": State(counters={"of_rank": " ".join(map(str, self.replicas.of_rank))}),
         }
 
     def load(self, parts: dict[str, State]) -> None:
@@ -289,6 +289,7 @@ class Session:
             "order": self.loader,
             "exchange": self.exchange,
             "sync": self.rules,
+            "regulariser": self.regularisers,
             "batch": self.batch,
             "measurement": self.measurement,
             "random": self.random,

@@ -6,6 +6,10 @@ S is linear and E |S g|² = |g|², so that with every group's sketch in place of
 estimators of `stats.noise` stay unbiased: one all-reduce of m + 3 numbers brings them to all ranks.
 It starts at one sketch and ends at the next, so that no rank waits for another.
 
+Signs are drawn for 2^17 entries only. Every 2^16 entries of the vector, a chunk, take theirs from a
+random place among these and all turn with one more sign. Within a chunk they are independent; two
+chunks share some of them at most in random places, and their common sign keeps E sign_i sign_j = 0.
+
 Source: Alon, Matias, Szegedy 1999 (the sign sketch of a second moment); Charikar, Chen,
 Farach-Colton 2002 (its buckets; here a position's bucket is fixed and only the signs are random).
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpctrain.stats.noise import GroupSums
@@ -23,7 +28,7 @@ SIZE = 1024
 """m: the numbers in a sketch. A gradient whose noise spreads over more directions looks as if it
 spread over m."""
 _CHUNK = 64 * SIZE
-"""Entries whose signs are drawn together."""
+"""Entries that take their signs together."""
 
 
 class Sketch:
@@ -35,26 +40,35 @@ class Sketch:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
+        self._signs = torch.empty(0)
         self.sums_M: Tensor | None = None
 
     def add(self, start: int, part_N: Tensor) -> None:
         """Take in entries [start, start + N) of the vector."""
         if self.sums_M is None:
             self.sums_M = torch.zeros(SIZE, dtype=torch.float64, device=part_N.device)
+            self._signs = self._draw(self._seed, 2 * _CHUNK, 2).to(part_N) * 2 - 1
         stop = start + len(part_N)
         for chunk in range(start // _CHUNK, -(-stop // _CHUNK)):
             first = chunk * _CHUNK
             low, high = max(first, start), min(first + _CHUNK, stop)
-            signed = self._signs(chunk, part_N)
-            signed[: low - first] = 0.0
-            signed[high - first :] = 0.0
-            signed[low - first : high - first] *= part_N[low - start : high - start]
-            self.sums_M += signed.view(-1, SIZE).sum(0, dtype=torch.float64)
+            sign, shift = self._turn(chunk)
+            signs = self._signs[shift + low - first : shift + high - first]
+            signed = part_N[low - start : high - start] * signs
+            if high - low < _CHUNK:
+                signed = F.pad(signed, (low - first, first + _CHUNK - high))
+            self.sums_M += sign * signed.view(-1, SIZE).sum(0)
 
-    def _signs(self, chunk: int, like: Tensor) -> Tensor:
-        random = torch.Generator(like.device)
-        random.manual_seed((self._seed * 1_000_003 + chunk) % 2**63)
-        return torch.randint(0, 2, (_CHUNK,), generator=random, device=like.device).to(like) * 2 - 1
+    def _turn(self, chunk: int) -> tuple[int, int]:
+        """A sign for the whole chunk, and where its own signs begin."""
+        drawn = int(self._draw(self._seed * 1_000_003 + chunk + 1, 1, 2 * _CHUNK))
+        return 2 * (drawn // _CHUNK) - 1, drawn % _CHUNK
+
+    @staticmethod
+    def _draw(seed: int, count: int, below: int) -> Tensor:
+        random = torch.Generator()
+        random.manual_seed(seed % 2**63)
+        return torch.randint(0, below, (count,), generator=random)
 
     def numpy(self) -> np.ndarray:
         """(m,) float64. Local."""

@@ -72,8 +72,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     """
     fetched = time.perf_counter()
     session.flat.zero_grad()
-    for perturbation in session.perturbations:
-        perturbation.perturb(session.clock.own_step, partial(gradient, session, batch))
+    session.regularisers.perturb(session.clock.own_step, partial(gradient, session, batch))
     losses: list[Tensor] = []
     micro_batches = session.measurement.begin(session.clock.step, batch)
     if not micro_batches:
@@ -85,8 +84,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
             session.exchange.arm(lr)
         losses.append(backward(session, inputs, targets, batch.batch_replica))
     squares = session.measurement.end(batch)
-    for perturbation in reversed(session.perturbations):
-        perturbation.restore()
+    session.regularisers.restore()
     loss, correct = torch.stack(losses).sum(0).tolist() if losses else (0.0, 0.0)
     computed = time.perf_counter()
     session.watchdog.beat(session.clock.step, "exchange")
@@ -105,6 +103,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     session.rules.before_update(moment)
     mixed = time.perf_counter()
     if finite and batch.batch_replica and session.exchange.ready:
+        session.regularisers.adjust_gradient(session.clock.own_step, batch.batch_replica)
         session.optimiser.step(lr, batch.batch_replica)
     updated = time.perf_counter()
     session.rules.after_update(moment)

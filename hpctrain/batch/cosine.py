@@ -61,7 +61,7 @@ class CosinePolicy(LookingPolicy):
         self._cosine = table
 
     def look(self, seen: Seen) -> Decision:
-        """The batch for the steps to come, with a reason. Local; changes nothing."""
+        """The batch for the steps to come, with a reason. Local."""
         noise, table = seen.noise, self._cosine
         facts: Facts = {**noise_facts(noise), "action": "keep"}
         if noise is None:
@@ -70,8 +70,9 @@ class CosinePolicy(LookingPolicy):
         cosine = noise.mu2 / half_sq if half_sq > 0.0 else -1.0
         facts["cosine"] = cosine
         below = cosine < table.target
-        wanted = math.ceil(table.grow * self.batch) if below else int(table.shrink * self.batch)
-        batch = table.within(wanted)
+        factor = table.grow if below else table.shrink
+        exact = round(factor * self.batch, 6)  # 1.1 * 100 is 110, not a little more
+        batch = table.within(math.ceil(exact) if below else math.floor(exact))
         said = f"cosine {cosine:.2f}, target {table.target:.2f}"
         if batch == self.batch:
             return self.kept(f"{said}, at its bound", facts)

@@ -23,8 +23,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpctrain.batch.lr import LrConfig
 from hpctrain.batch.policy import Decision, Facts, Seen
 from hpctrain.batch.table import AdaptiveTable, Need
+from hpctrain.settings import Train
 from hpctrain.state import State
 
 
@@ -50,6 +52,15 @@ class DiveBatch(AdaptiveTable):
     def measures(self, epoch: int) -> bool:
         """Whether the diversity of that epoch, counted from 0, will be asked for. Local."""
         return (epoch + 1) % self.resize_every == 0
+
+    def require_fit(self, train: Train, lr: LrConfig, *, exact: bool, own_pace: bool) -> None:
+        """As any policy; its own scaling of the step size goes with no other. Local."""
+        super().require_fit(train, lr, exact=exact, own_pace=own_pace)
+        if self.rescale_lr and lr.kind != "none":
+            raise ValueError(
+                f'batch.rescale_lr and lr.kind = "{lr.kind}" both scale the step size with the '
+                'batch; set lr.kind = "none" or drop rescale_lr'
+            )
 
     def build(self) -> DiveBatchPolicy:
         """The running policy. Local."""

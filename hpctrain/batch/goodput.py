@@ -14,6 +14,10 @@ At every look, with B the present batch and B_S = 1 + noise_scale_factor * (b_s 
 So the estimate says where to, and its interval whether. An estimate that is not resolved says
 "B_S is at least low": the batch may grow to what that justifies, and never shrinks by it.
 
+Times of one batch size make B_half too small (hpctrain/batch/times.py). Once in a run, where the
+batch would stay and no other size was timed, the next steps take twice as many samples, a trial;
+the next look decides as if the batch had not changed, now with a slope.
+
 The first look is as soon as noise and times are known and the noise is resolved, or after
 `check_every` steps; after a change the next one is `cool_down_steps` steps later at the earliest,
 but the first resolved estimate is looked at at once.
@@ -35,14 +39,17 @@ from pydantic import Field
 from hpctrain.batch.looking import LookingPolicy
 from hpctrain.batch.planner import (
     best_batch,
+    cap_of,
     efficiency,
     floor_batch,
+    gain_of,
     goodput,
     in_words,
     ladder,
     noise_facts,
     percent,
     scaled,
+    times_facts,
 )
 from hpctrain.batch.policy import Decision, Facts, Seen, StepTimes
 from hpctrain.batch.table import AdaptiveTable, Need
@@ -88,10 +95,14 @@ class GoodputPolicy(LookingPolicy):
         self._rungs = ladder(table)
         self.resolved = False
         """Whether a resolved estimate was looked at."""
+        self.tried = False
+        """Whether there was a trial."""
+        self.base: int | None = None
+        """The batch before the trial under way."""
 
     def due(self, seen: Seen) -> bool:
         """Whether to look before this step. Local."""
-        if _trusted(seen) and not self.resolved:
+        if seen.resolved and not self.resolved:
             return True
         wait = self._table.check_every
         if self.changed is not None and self.changed == self.looked:
@@ -101,46 +112,36 @@ class GoodputPolicy(LookingPolicy):
     def decide(self, seen: Seen) -> Decision:
         """What the next step takes. Local."""
         decision = super().decide(seen)
-        self.resolved = self.resolved or _trusted(seen)
+        self.resolved = self.resolved or seen.resolved
         return decision
 
     def look(self, seen: Seen) -> Decision:
-        """The batch for the steps to come, with a reason. Local; changes nothing."""
-        noise, times, batch, least = seen.noise, seen.times, self.batch, self._goodput.min_gain
+        """The batch for the steps to come, with a reason. Local."""
+        noise, times = seen.noise, seen.times
         facts: Facts = {**noise_facts(noise), "action": "keep"}
         if noise is None:
             return self.kept("the gradient noise is not known yet", facts)
         if times is None:
             return self.kept("the times of a step are not known yet", facts)
+        base, self.base = self.base or self.batch, None
         low, point, high = self._believed(noise)
-        facts |= _times_facts(point, times) | {"cap": self._cap(point, times)}
-        wasteful = batch > floor_batch(high, self._goodput.efficiency_floor)
-        smaller = [rung for rung in self._rungs if rung < batch]
-        if wasteful and smaller:
-            facts |= {"gain": _gain(smaller[-1], batch, point, times), "action": "shrink"}
-            share, floor = efficiency(batch, point), self._goodput.efficiency_floor
-            why = f"a sample brings {percent(share)}, less than {percent(floor)}"
-            return self.moved(smaller[-1], why, facts)
-        wanted = self._candidate(point, times)
-        tried = [rung for rung in self._rungs if batch < rung <= wanted] or [wanted]
-        gains = {rung: _gain(rung, batch, low if rung > batch else high, times) for rung in tried}
-        worth = [rung for rung in tried if gains[rung] > least]
-        target = max(worth) if worth else max(tried, key=lambda rung: gains[rung])
-        facts["gain"] = gains[target]
-        believed = in_words(noise)
-        if target == batch:
-            return self.kept(f"nothing in reach is better ({believed})", facts)
-        if not worth:
-            why = f"gain {percent(gains[target])} of {target} is below {percent(least)}"
-            return self.kept(f"{why} ({believed})", facts)
-        facts["action"] = "grow" if target > batch else "shrink"
-        why = f"{believed}, half of a step is fixed at {times.b_half:.0f}"
-        return self.moved(target, f"{why}: gain {percent(gains[target])}", facts)
+        target, gain, why = self._weigh(base, (low, point, high), times)
+        trial = target == base and self._worth_a_trial(base, low, times)
+        if trial:
+            self.tried, self.base = True, base
+            target, why = 2 * base, f"a trial, to learn what a sample costs; {why}"
+        facts |= times_facts(point, times)
+        facts |= {"cap": self._cap(base, point, times), "gain": gain}
+        why = f"{why} ({in_words(noise)}, half of a step is fixed at {times.b_half:.0f})"
+        if target == self.batch:
+            return self.kept(why, facts)
+        facts["action"] = "trial" if trial else "grow" if target > self.batch else "shrink"
+        return self.moved(target, why, facts)
 
     def state(self) -> State:
-        """The batch, when it was looked at, and whether the noise was ever resolved. Local."""
+        """The batch, when it was looked at, what a trial knows, whether noise was resolved."""
         state = super().state()
-        state.counters["resolved"] = self.resolved
+        state.counters |= {"resolved": self.resolved, "tried": self.tried, "base": self.base}
         return state
 
     def load_state(self, state: State) -> None:
@@ -148,51 +149,52 @@ class GoodputPolicy(LookingPolicy):
         super().load_state(state)
         self.batch = max((r for r in self._rungs if r <= self.batch), default=self._rungs[0])
         self.resolved = bool(state.counters.get("resolved"))
+        self.tried = bool(state.counters.get("tried"))
+        base = int(state.counters.get("base") or 0)
+        self.base = base if base in self._rungs else None
 
     def _believed(self, noise: NoiseEstimate) -> tuple[float, float, float]:
         """Low end, best guess and high end of B_S."""
         point = noise.b_s if noise.resolved else noise.low
         factor = self._goodput.noise_scale_factor
-        low, point, high = (max(scaled(b, factor), 1.0) for b in (noise.low, point, noise.high))
-        return low, point, high
+        return scaled(noise.low, factor), scaled(point, factor), scaled(noise.high, factor)
 
-    def _candidate(self, b_s: float, times: StepTimes) -> int:
-        floor = floor_batch(b_s, self._goodput.efficiency_floor)
-        reach = [
-            rung
-            for rung in self._rungs
-            if self.batch / 2 <= rung <= 4 * self.batch and rung <= max(floor, self.batch)
-        ]
-        return max(reach, key=lambda rung: goodput(rung, b_s, times))
+    def _weigh(
+        self, batch: int, b_s: tuple[float, float, float], times: StepTimes
+    ) -> tuple[int, float, str]:
+        """(the batch to take in place of `batch`, its gain, why)."""
+        low, point, high = b_s
+        floor, least = self._goodput.efficiency_floor, self._goodput.min_gain
+        smaller = [rung for rung in self._rungs if rung < batch]
+        if smaller and batch > floor_batch(high, floor):
+            share = percent(efficiency(batch, point))
+            why = f"a sample brings {share} at {batch}, less than {percent(floor)}"
+            return smaller[-1], gain_of(smaller[-1], batch, point, times), why
+        most = max(floor_batch(point, floor), batch)
+        reach = [r for r in self._rungs if batch / 2 <= r <= 4 * batch and r <= most]
+        wanted = max(reach, key=lambda rung: goodput(rung, point, times))
+        if wanted == batch:
+            return batch, 0.0, "nothing in reach is better"
+        tried = [r for r in self._rungs if batch < r <= wanted] or [wanted]
+        gains = {r: gain_of(r, batch, low if r > batch else high, times) for r in tried}
+        worth = [rung for rung in tried if gains[rung] > least]
+        if worth:
+            return worth[-1], gains[worth[-1]], f"gain {percent(gains[worth[-1]])}"
+        best = max(tried, key=lambda rung: gains[rung])
+        return (
+            batch,
+            gains[best],
+            f"gain {percent(gains[best])} of {best} is below {percent(least)}",
+        )
 
-    def _cap(self, b_s: float, times: StepTimes) -> str | None:
+    def _worth_a_trial(self, batch: int, low: float, times: StepTimes) -> bool:
+        efficient = 2 * batch <= floor_batch(low, self._goodput.efficiency_floor)
+        possible = 2 * batch in self._rungs and efficient
+        return times.from_one_size and not self.tried and possible
+
+    def _cap(self, batch: int, b_s: float, times: StepTimes) -> str | None:
         """Which bound keeps the batch from B*; None: none does."""
-        best = best_batch(b_s, times)
-        above = {
-            "efficiency_floor": floor_batch(b_s, self._goodput.efficiency_floor),
-            "batch_max": self._table.batch_max,
-            "4 times": 4 * self.batch,
-        }
-        below = {"batch_min": self._table.smallest, "half": self.batch / 2}
-        name = min(above, key=lambda key: above[key])
-        if best > above[name]:
-            return name
-        name = max(below, key=lambda key: below[key])
-        return name if best < below[name] else None
-
-
-def _trusted(seen: Seen) -> bool:
-    return seen.times is not None and seen.noise is not None and seen.noise.resolved
-
-
-def _gain(target: int, batch: int, b_s: float, times: StepTimes) -> float:
-    return goodput(target, b_s, times) / goodput(batch, b_s, times) - 1.0
-
-
-def _times_facts(b_s: float, times: StepTimes) -> Facts:
-    return {
-        "fixed_s": times.fixed_s,
-        "per_sample_s": times.per_sample_s,
-        "b_half": times.b_half,
-        "b_star": best_batch(b_s, times),
-    }
+        floor = floor_batch(b_s, self._goodput.efficiency_floor)
+        above = {"efficiency_floor": floor, "batch_max": self._table.batch_max}
+        below = {"batch_min": self._table.smallest, "half": batch / 2}
+        return cap_of(best_batch(b_s, times), above | {"4 times": 4 * batch}, below)

@@ -27,7 +27,7 @@ class LookingPolicy(ABC):
 
     @abstractmethod
     def look(self, seen: Seen) -> Decision:
-        """The batch for the steps to come, with a reason. Local; changes nothing."""
+        """The batch for the steps to come, with a reason. Local."""
 
     def due(self, seen: Seen) -> bool:
         """Whether to look before this step. Local."""

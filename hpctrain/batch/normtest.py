@@ -66,19 +66,19 @@ class NormTestPolicy(LookingPolicy):
         self._test = table
 
     def look(self, seen: Seen) -> Decision:
-        """The batch for the steps to come, with a reason. Local; changes nothing."""
+        """The batch for the steps to come, with a reason. Local."""
         facts: Facts = {**noise_facts(seen.noise), "action": "keep"}
         measured = self._measured(seen.noise, seen.latest)
         if measured is None:
             return self.kept("no step with two groups of samples was measured yet", facts)
         s2, mean_sq = measured
-        eta_sq = self._test.eta**2
+        allowed = self._test.eta**2 * mean_sq
         facts |= {"step_s2": s2, "mean_sq": mean_sq}
-        passed = s2 / self.batch <= eta_sq * mean_sq
-        said = f"noise {s2 / self.batch:.3g}, allowed {eta_sq:.3g} x {mean_sq:.3g}"
+        passed = s2 / self.batch <= allowed
+        said = f"noise {s2 / self.batch:.3g}, allowed {allowed:.3g}"
         if passed and not self._test.may_shrink:
             return self.kept(f"test passed, {said}", facts)
-        wanted = s2 / (eta_sq * mean_sq) if mean_sq > 0.0 else math.inf
+        wanted = s2 / allowed if allowed > 0.0 else math.inf
         batch = self._table.within(math.ceil(wanted) if math.isfinite(wanted) else math.inf)
         if batch == self.batch:
             return self.kept(f"{'test passed' if passed else 'at its bound'}, {said}", facts)

@@ -39,6 +39,11 @@ def best_batch(b_s: float, times: StepTimes) -> float:
     return math.sqrt(times.b_half * max(b_s - 1.0, 0.0))
 
 
+def gain_of(target: int, batch: int, b_s: float, times: StepTimes) -> float:
+    """By what share the goodput of `target` exceeds that of `batch`. Local, pure."""
+    return goodput(target, b_s, times) / goodput(batch, b_s, times) - 1.0
+
+
 def floor_batch(b_s: float, floor: float) -> float:
     """The largest batch whose efficiency is at least `floor`. Local, pure."""
     return (1.0 / floor - 1.0) * b_s + 1.0
@@ -60,6 +65,15 @@ def ladder(table: AdaptiveTable) -> list[int]:
     while rungs[-1] * 2 <= table.batch_max:
         rungs.append(rungs[-1] * 2)
     return rungs
+
+
+def cap_of(best: float, above: dict[str, float], below: dict[str, float]) -> str | None:
+    """The name of the nearest bound that `best` lies beyond; None: it lies within. Local, pure."""
+    name = min(above, key=lambda key: above[key])
+    if best > above[name]:
+        return name
+    name = max(below, key=lambda key: below[key])
+    return name if best < below[name] else None
 
 
 def noise_facts(noise: NoiseEstimate | None) -> Facts:
@@ -86,3 +100,13 @@ def in_words(noise: NoiseEstimate) -> str:
     if not noise.resolved:
         return f"B_S is at least {noise.low:.0f}"
     return f"B_S {noise.b_s:.0f} [{noise.low:.0f}-{noise.high:.0f}]"
+
+
+def times_facts(b_s: float, times: StepTimes) -> Facts:
+    """The step times as numbers for batch_plan.jsonl. Local, pure."""
+    return {
+        "fixed_s": times.fixed_s,
+        "per_sample_s": times.per_sample_s,
+        "b_half": times.b_half,
+        "b_star": best_batch(b_s, times),
+    }

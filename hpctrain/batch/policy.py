@@ -20,6 +20,9 @@ class StepTimes:
     """What a step costs whatever it takes: waiting for the exchange, the update."""
     per_sample_s: float
     """What one more sample of the global batch costs."""
+    from_one_size: bool = False
+    """Whether all steps had the same batch: what a pass costs whatever its size is then counted per
+    sample."""
 
     @property
     def b_half(self) -> float:
@@ -46,6 +49,13 @@ class Seen:
     epoch_diversity: float | None = None
     """n * Delta of the last whole epoch by DiveBatch's estimator, or its exact value at the end of
     that epoch, for the policy that asks for it."""
+    splits: bool = False
+    """Whether a single rank takes some shares in two passes to measure its noise."""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether times are known, and noise so well that the mean gradient stands out of it."""
+        return self.times is not None and self.noise is not None and self.noise.resolved
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Planned(BaseModel):
     lr_gain: float = Field(default=1.0, gt=0.0)
     """`Decision.gain`."""
     reason: str = ""
+    splits: bool | None = None
+    """`Seen.splits` of the run; on its first line."""
 
 
 def read_plan(path: Path) -> list[Planned]:
@@ -107,7 +109,20 @@ class ReplayPolicy:
         self.told = 0
 
     def decide(self, seen: Seen) -> Decision:
-        """What the next step takes. Local."""
+        """What the next step takes. Local.
+
+        Raises:
+            ConfigError: the recorded run took other passes than this one.
+        """
+        splits = self._lines[0].splits
+        if splits is not None and splits != seen.splits:
+            raise ConfigError(
+                "batch.plan is of a run that took some shares in two passes to measure its noise; "
+                'set batch.measure = "on" to repeat it bit for bit'
+                if splits
+                else "batch.plan is of a run that measured nothing on its one rank; drop "
+                'batch.measure = "on" to repeat it bit for bit'
+            )
         reached = bisect_right(self._starts, seen.samples)
         line = self._lines[reached - 1]
         if reached == self.told:

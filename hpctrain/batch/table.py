@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from hpctrain.batch.lr import LrConfig
 from hpctrain.errors import ConfigError
+from hpctrain.settings import Train
 from hpctrain.table import Table
 
 Need = Literal["noise", "times", "epoch", "oracle"]
@@ -25,8 +27,9 @@ class BatchTable(Table):
     same sum of gradients. Bounds memory. Without it a rank's whole share goes in one pass, or,
     where the batch changes, the share of the start batch."""
     measure: Literal["auto", "on", "off"] = "auto"
-    """Whether gradient noise is measured; "auto": where it costs neither a message nor a pass, and
-    where the policy decides by it."""
+    """Whether gradient noise is measured. "auto": where it costs neither a message nor a pass, and
+    where the policy decides by it; at fewer steps where it takes over 3 % of the time. "on":
+    always and at every step, so that decisions by noise alone are the same in every run."""
     check_every: int = Field(default=10, ge=1)
     """Steps between two looks at what was measured."""
 
@@ -70,6 +73,42 @@ class BatchTable(Table):
         if self.micro_batch is None and self.adaptive:
             return -(-self.batch_global // ranks)
         return self.micro_batch
+
+    def require_fit(self, train: Train, lr: LrConfig, *, exact: bool, own_pace: bool) -> None:
+        """Check the other tables against this one. Local.
+
+        Args:
+            train: The table [train].
+            lr: The table [lr].
+            exact: Whether the exchange leaves the mean gradient of all ranks on every rank.
+            own_pace: Whether a [[sync]] rule lets ranks make unequal numbers of steps.
+
+        Raises:
+            ValueError: with what is allowed.
+        """
+        kind = getattr(self, "kind", "")
+        if self.needs & {"epoch", "oracle"} and not exact:
+            raise ValueError(
+                f'batch.kind = "{kind}" adds up the mean gradients of all ranks, which this '
+                'exchange leaves on none: set exchange.kind = "dense" with scope = "world", or '
+                'batch.kind = "goodput", "normtest", "cosine", "adabatch" or "fixed"'
+            )
+        if self.adaptive and own_pace:
+            raise ValueError(
+                f'batch.kind = "{kind}" changes the batch of all ranks at one step, and a [[sync]] '
+                "rule lets them go at their own pace: set its unit to steps and asynchronous to "
+                'false, or batch.kind = "fixed"'
+            )
+        if self.adaptive and train.steps is not None and lr.schedule == "cosine":
+            raise ValueError(
+                f'train.steps with batch.kind = "{kind}" does not say how many samples the run '
+                'takes, and lr.schedule = "cosine" runs over them: give train.samples or epochs'
+            )
+        if lr.kind == "adascale" and self.measure == "off" and not self.replays:
+            raise ValueError(
+                'lr.kind = "adascale" goes by the measured noise, and batch.measure = "off"; drop '
+                "measure"
+            )
 
     def require_ranks(self, ranks: int) -> None:
         """Check the bounds against the number of ranks. Local.

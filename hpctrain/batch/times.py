@@ -95,7 +95,7 @@ class TimesFit:
         line = self._line(ripe) if max(ripe) >= SPREAD * min(ripe) else None
         if line is None:
             latest, size = next(reversed(ripe.items()))
-            line = StepTimes(size.step_s - size.compute_s, size.compute_s / latest)
+            line = StepTimes(size.step_s - size.compute_s, size.compute_s / latest, True)
         return line if line.fixed_s > 0.0 and line.per_sample_s > 0.0 else None
 
     def state(self) -> State:

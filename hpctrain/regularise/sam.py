@@ -16,17 +16,18 @@ decentralised SGD is the average form with the replicas' own covariance in place
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from hpctrain.models.flat import FlatModel
-from hpctrain.table import Table
+from hpctrain.regularise.regularisers import Regulariser
+from hpctrain.regularise.table import RegulariserTable
 
 
-class Sam(Table):
+class Sam(RegulariserTable):
     """[[regulariser]] kind = "sam"."""
 
     kind: Literal["sam"] = "sam"
@@ -36,12 +37,14 @@ class Sam(Table):
     rho: float = Field(default=0.05, gt=0.0)
     """Length of that step."""
 
+    adjusts_gradient: ClassVar[bool] = False
+
     def build(self, flat: FlatModel, replica_seed: int) -> Perturbation:
         """Local. At work on one model."""
         return Perturbation(self, flat, replica_seed)
 
 
-class Perturbation:
+class Perturbation(Regulariser):
     """Moves the parameters before a gradient is taken, and back. All methods are local.
 
     Args:

@@ -53,6 +53,7 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "retry_share": ("", "share of the time spent trying the slower form (exchange auto)"),
         "bytes_formula": ("bytes", "that a node sends per step by the exchange's formula"),
         "sync": ("", "numbers of each [[sync]] rule's last meeting, RULE.NAME (docs/sync.md)"),
+        "regulariser": ("", "numbers of each [[regulariser]], KIND.NAME (docs/regularisers.md)"),
         "samples_per_s": ("samples/s", "over all ranks, since the previous step line"),
         "bs_bound": (
             "samples",

@@ -32,16 +32,8 @@ def load(
         DataError: the old ranks' tensors do not fit together; names the tensor.
     """
     state = json.loads((folder / STATE).read_bytes())
-    parts: dict[str, State] = {}
-    for part, content in state["parts"].items():
-        counters = {name: decode(value) for name, value in content["counters"].items()}
-        parts[part] = State(counters=counters)
-        for name, entry in content["tensors"].items():
-            if entry["placement"] != "replicated":
-                continue
-            if size == state["size"] or entry["resize"] == "keep":
-                tensor = _read(folder / REPLICATED, f"{part}/{name}")
-                parts[part].tensors[name] = _placed(tensor, entry)
+    same = size == state["size"]
+    parts = {part: _replicated(folder, part, c, same) for part, c in state["parts"].items()}
     own = own or {}
     replicas = own.get("replicas", State()).counters
     if size != state["size"]:
@@ -54,6 +46,33 @@ def load(
         part, name = key.split("/", 1)
         parts.setdefault(part, State()).tensors[name] = placed
     return parts
+
+
+def load_part(folder: Path, part: str) -> State:
+    """One part alone, as a single rank would take it: the mean where replicas differ. Local.
+
+    `folder` as for `load`. Nothing else of the checkpoint is read.
+
+    Raises:
+        DataError: it has no such part, or the old ranks' tensors do not fit together.
+    """
+    written = json.loads((folder / STATE).read_bytes())
+    if part not in written["parts"]:
+        raise DataError(f"{folder / STATE}: has no part {part!r}: {', '.join(written['parts'])}")
+    state = _replicated(folder, part, written["parts"][part], same_size=written["size"] == 1)
+    for key, placed in _resized(folder, written["size"], 0, 1, part=part).items():
+        state.tensors[key.split("/", 1)[1]] = placed
+    return state
+
+
+def _replicated(folder: Path, part: str, content: dict[str, Any], same_size: bool) -> State:
+    """What rank 0 wrote of a part: its counters, and the tensors equal on all ranks."""
+    state = State(counters={name: decode(v) for name, v in content["counters"].items()})
+    for name, entry in content["tensors"].items():
+        if entry["placement"] == "replicated" and (same_size or entry["resize"] == "keep"):
+            tensor = _read(folder / REPLICATED, f"{part}/{name}")
+            state.tensors[name] = _placed(tensor, entry)
+    return state
 
 
 def _same_size(folder: Path, rank: int, size: int, *, same_replicas: bool) -> dict[str, Placed]:
@@ -120,7 +139,12 @@ def pieces_of(entry: dict[str, Any]) -> Pieces | None:
 
 
 def _resized(
-    folder: Path, old_size: int, rank: int, size: int, only: str | None = None
+    folder: Path,
+    old_size: int,
+    rank: int,
+    size: int,
+    only: str | None = None,
+    part: str | None = None,
 ) -> dict[str, Placed]:
     tables = [_table(folder, old) for old in range(old_size)]
     keys = dict.fromkeys(key for table in tables for key in table)
@@ -131,6 +155,8 @@ def _resized(
         if entry["resize"] == "reset" or entry["placement"] == "pieces":
             continue
         if only is not None and entry["placement"] != only:
+            continue
+        if part is not None and not key.startswith(f"{part}/"):
             continue
         if entry["placement"] == "shard":
             tensor = _recut(folder, key, entries, rank, size)

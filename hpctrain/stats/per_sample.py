@@ -88,13 +88,13 @@ class PerSample:
         return list(self._names)
 
     @property
-    def n_params(self) -> int:
-        """P."""
-        return sum(p.numel() for p in self._parameters().values())
+    def sizes(self) -> list[int]:
+        """Their numbers of entries; P together."""
+        return [p.numel() for p in self._parameters().values()]
 
     def chunk(self, floats: int = CHUNK_FLOATS) -> int:
         """How many samples hold at most so many numbers; at least one."""
-        return max(1, floats // self.n_params)
+        return max(1, floats // sum(self.sizes))
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> Gradients:
         """The gradients of all these samples at once. Leaves `.grad` and parameters alone.

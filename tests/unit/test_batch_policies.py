@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from hpctrain.batch import BatchConfig, Fixed, Seen, StepTimes
 from hpctrain.batch.adabatch import AdaBatch
+from hpctrain.batch.cosine import Cosine
+from hpctrain.batch.divebatch import DiveBatch
 from hpctrain.batch.goodput import Goodput
+from hpctrain.batch.normtest import NormTest
 from hpctrain.batch.planner import best_batch, efficiency, floor_batch, goodput, ladder, scaled
 from hpctrain.batch.replay import Replay
+from hpctrain.batch.times import TimesFit
 from hpctrain.errors import ConfigError
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
@@ -177,6 +182,46 @@ def test_goodput_shrinks_below_the_efficiency_floor_whatever_the_gain():
     assert "less than 80 %" in decision.reason
 
 
+def one_size(b_half):
+    return StepTimes(b_half * 1e-4, 1e-4, from_one_size=True)
+
+
+def test_goodput_tries_twice_the_batch_once_where_one_size_was_timed():
+    policy, estimate = wide().build(), noise(1000)
+    trial = policy.decide(seen(10, noise=estimate, times=one_size(20)))
+    assert (trial.batch_global, trial.facts["action"]) == (256, "trial")
+    assert trial.reason.startswith("128 -> 256: a trial")
+    back = policy.decide(seen(30, noise=estimate, times=times(20)))
+    assert (back.batch_global, back.facts["action"]) == (128, "shrink")
+    assert back.reason.startswith("256 -> 128: nothing in reach is better")
+    assert policy.decide(seen(60, noise=estimate, times=one_size(20))).batch_global == 128
+
+
+def test_goodput_goes_on_from_a_trial_that_showed_more():
+    policy, estimate = wide().build(), noise(5001)
+    policy.decide(seen(10, noise=estimate, times=one_size(2)))
+    assert policy.decide(seen(30, noise=estimate, times=times(800))).batch_global == 512  # 4 x 128
+
+
+def test_goodput_grows_without_a_trial_and_tries_within_its_bounds():
+    grown = wide().build().decide(seen(10, noise=noise(5001), times=one_size(800)))
+    assert (grown.batch_global, grown.facts["action"]) == (512, "grow")
+    narrow = Goodput(batch_global=128, batch_max=255).build()
+    assert narrow.decide(seen(10, noise=noise(1000), times=one_size(2))).batch_global == 128
+    kept = wide(efficiency_floor=0.9).build()
+    assert kept.decide(seen(10, noise=noise(1000), times=one_size(2))).batch_global == 128
+
+
+def test_goodput_finds_the_slope_that_one_size_hides():
+    """A pass costs as much as 400 samples: 8 samples a rank look all compute, and are not."""
+    policy, fit = Goodput(batch_global=32, batch_max=4096).build(), TimesFit()
+    for step in range(200):
+        known = {"noise": noise(1001), "times": fit.times} if step > 8 else {}
+        batch = policy.decide(seen(step, **known)).batch_global
+        fit.add(batch, 0.001 + 0.04 + 1e-4 * batch, 0.04 + 1e-4 * batch)
+    assert batch in (512, 1024)  # B* = 640
+
+
 def test_goodput_names_the_bound_that_holds():
     def cap(b_s, b_half, **keys):
         facts = wide(**keys).build().decide(seen(5, noise=noise(b_s), times=times(b_half))).facts
@@ -211,7 +256,11 @@ MEASURED = st.one_of(
     ),
     st.builds(lambda low: noise(None, low=low), st.floats(1.0, 1e7)),
 )
-TIMES = st.one_of(st.none(), st.builds(times, st.floats(1e-6, 1e6), st.floats(1e-9, 1e-1)))
+TIMES = st.one_of(
+    st.none(),
+    st.builds(times, st.floats(1e-6, 1e6), st.floats(1e-9, 1e-1)),
+    st.builds(one_size, st.floats(1e-6, 1e6)),
+)
 LATEST = st.one_of(
     st.none(),
     st.builds(
@@ -233,7 +282,15 @@ BOUNDS = st.tuples(st.integers(1, 8), st.integers(1, 30), st.integers(1, 40)).ma
         "batch_max": 4 * b[0] * b[1] * b[2],
     }
 )
-ADAPTIVE = [Goodput, AdaBatch]
+ADAPTIVE = [
+    Goodput,
+    AdaBatch,
+    partial(DiveBatch, resize_every=1, rescale_lr=True),
+    NormTest,
+    partial(NormTest, variant="ddp", may_shrink=True),
+    Cosine,
+]
+IDS = ["goodput", "adabatch", "divebatch", "normtest", "normtest-ddp", "cosine"]
 
 
 def played(policy, sequence):
@@ -245,7 +302,8 @@ def played(policy, sequence):
         yield policy.decide(seen(step, samples=samples, **known))
 
 
-@pytest.mark.parametrize("table", ADAPTIVE)
+@pytest.mark.parametrize("table", ADAPTIVE, ids=IDS)
+@settings(max_examples=40)
 @given(bounds=BOUNDS, sequence=SEQUENCE)
 def test_bounds_hold_for_any_sequence_and_equal_input_gives_equal_decisions(
     table, bounds, sequence
@@ -261,7 +319,8 @@ def test_bounds_hold_for_any_sequence_and_equal_input_gives_equal_decisions(
         json.dumps(decision.facts, allow_nan=False)
 
 
-@pytest.mark.parametrize("table", ADAPTIVE)
+@pytest.mark.parametrize("table", ADAPTIVE, ids=IDS)
+@settings(max_examples=40)
 @given(bounds=BOUNDS, sequence=SEQUENCE, cut=st.integers(0, 25))
 def test_a_restored_policy_decides_as_if_never_stopped(table, bounds, sequence, cut):
     config = table(**bounds)
@@ -348,6 +407,141 @@ def test_adabatch_takes_parts_of_an_epoch_and_other_factors():
     policy = AdaBatch(batch_global=10, batch_max=10**6, factor=5.0, every_epochs=0.5).build()
     batches = [policy.decide(seen(0, samples=s)).batch_global for s in (0, 4999, 5000, 10_000)]
     assert batches == [10, 10, 50, 250]
+
+
+# divebatch
+
+
+def dived(table, diversities):
+    """One decision per epoch, the diversity of the epoch before at hand."""
+    policy = table.build()
+    return [
+        policy.decide(seen(0, samples=epoch * N, epoch_diversity=diversity))
+        for epoch, diversity in enumerate([None, *diversities])
+    ]
+
+
+def test_divebatch_takes_delta_times_the_diversity_and_never_shrinks():
+    table = DiveBatch(batch_global=128, batch_max=2048, delta=0.1, resize_every=1)
+    told = dived(table, [3000.0, 1000.0, 4567.9, 1e9, 5.0])
+    assert [d.batch_global for d in told] == [128, 300, 300, 456, 2048, 2048]
+    assert {d.gain for d in told} == {1.0}
+    assert [d.reason.split(":")[0] for d in told] == [
+        "", "128 -> 300", "kept 300", "300 -> 456", "456 -> 2048", "",
+    ]  # fmt: skip
+    json.dumps([d.facts for d in told], allow_nan=False)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_divebatch_jumps_to_its_largest_where_diversity_is_not_finite(odd):
+    table = DiveBatch(batch_global=128, batch_max=2048, resize_every=1)
+    assert dived(table, [odd])[1].batch_global == 2048
+
+
+def test_divebatch_resizes_every_twenty_epochs_and_says_which_it_measures():
+    table = DiveBatch(batch_global=128, batch_max=2048, rescale_lr=True)
+    told = dived(table, [10.0 * epoch for epoch in range(1, 65)])
+    changes = {epoch: d for epoch, d in enumerate(told) if d.reason}
+    assert list(changes) == [20, 40, 60]
+    assert [epoch for epoch in range(64) if table.measures(epoch)] == [19, 39, 59]
+    assert [d.batch_global for d in told[::20]] == [128, 128, 128, 128]
+    grown = dived(DiveBatch(batch_global=128, batch_max=2048, delta=1, rescale_lr=True),
+                  [600.0] * 20)  # fmt: skip
+    assert (grown[20].batch_global, grown[20].gain) == (600, 600 / 128)
+
+
+def test_divebatch_asks_once_per_epoch_and_tells_where_nothing_was_measured():
+    policy = DiveBatch(batch_global=128, batch_max=2048, resize_every=1, delta=1).build()
+    assert "was not measured" in policy.decide(seen(0, samples=N)).reason
+    late = policy.decide(seen(0, samples=N + 128, epoch_diversity=500.0))
+    assert (late.batch_global, late.reason) == (128, "")
+    assert policy.decide(seen(0, samples=2 * N, epoch_diversity=500.0)).batch_global == 500
+
+
+def test_divebatchs_estimators_need_different_things():
+    assert DiveBatch(batch_max=2048).needs == {"epoch"}
+    assert DiveBatch(batch_max=2048, estimator="oracle").needs == {"oracle"}
+
+
+# normtest
+
+
+def sums(s2, mean_sq, *, groups=4, samples=128):
+    """Groups whose moments are these exactly."""
+    return GroupSums(groups, samples, (groups - 1) * s2 + samples * mean_sq, mean_sq)
+
+
+@settings(max_examples=20)
+@given(st.floats(0.1, 0.9), st.floats(1.0, 1e4), st.floats(0.01, 10.0))
+def test_normtest_settles_where_noise_is_eta_of_the_gradient(eta, s2, mu2):
+    policy = NormTest(batch_global=2, batch_max=10**9, eta=eta).build()
+    estimate = NoiseEstimate(1 + s2 / mu2, 1.0, math.inf, True, s2, mu2, 20)
+    before = 2
+    for step in range(10, 5000, 10):
+        batch = policy.decide(seen(step, noise=estimate)).batch_global
+        assert batch <= math.ceil(before / eta**2 + 1e-6), "one look multiplies by 1/eta² at most"
+        before = batch
+    settled = (1 - eta**2) / eta**2 * s2 / mu2
+    if settled > 2:
+        assert settled * (1 - 1e-6) - 1 <= batch <= settled + 2
+
+
+def test_normtest_of_one_step_takes_byrds_next_size():
+    policy = NormTest(batch_global=128, batch_max=4096, eta=0.5, variant="ddp").build()
+    passed = policy.decide(seen(10, latest=sums(30.0, 1.0)))
+    assert passed.batch_global == 128  # 30 / 128 < 0.25
+    assert passed.reason.startswith("kept 128: test passed")
+    failed = policy.decide(seen(20, latest=sums(100.0, 1.0)))
+    assert failed.batch_global == 400  # 100 / (0.25 * 1)
+    assert failed.reason.startswith("128 -> 400")
+    assert policy.decide(seen(30, latest=sums(30.0, 1.0))).batch_global == 400
+    assert policy.decide(seen(40, latest=sums(30.0, 0.0))).batch_global == 4096
+
+
+def test_normtest_may_shrink_where_it_is_told_to():
+    table = NormTest(batch_global=128, batch_min=16, batch_max=4096, variant="ddp", may_shrink=True)
+    policy = table.build()
+    assert policy.decide(seen(10, latest=sums(10.0, 1.0))).batch_global == 40
+    assert policy.decide(seen(20, latest=sums(0.1, 1.0))).batch_global == 16
+
+
+def test_normtest_needs_two_groups():
+    for variant in ("average", "ddp"):
+        policy = NormTest(batch_max=4096, variant=variant).build()
+        alone = policy.decide(seen(10, latest=GroupSums(1, 128, 128.0, 1.0)))
+        assert alone.reason.startswith("kept 128: no step with two groups")
+
+
+def test_normtest_grows_where_the_gradient_is_not_resolved():
+    estimate = NoiseEstimate(math.nan, 100.0, math.inf, False, 1000.0, -0.5, 20)
+    policy = NormTest(batch_global=128, batch_max=4096, eta=0.5).build()
+    assert policy.decide(seen(10, noise=estimate)).batch_global == 512
+
+
+# cosine
+
+
+@pytest.mark.parametrize("target", [0.5, 0.75])
+def test_cosine_settles_where_two_halves_agree_as_told(target):
+    table = Cosine(batch_global=32, batch_min=8, batch_max=10**6, target=target)
+    policy, b_simple = table.build(), 300.0
+    for step in range(10, 2000, 10):
+        decision = policy.decide(seen(step, noise=noise(b_simple + 1.0)))
+    settled = 2 * target / (1 - target) * b_simple
+    assert settled * 0.85 < decision.batch_global < settled * 1.15
+    assert decision.facts["cosine"] == pytest.approx(target, abs=0.05)
+
+
+def test_cosine_moves_by_its_factors_at_every_look():
+    policy = Cosine(batch_global=100, batch_min=8, batch_max=200).build()
+    assert policy.decide(seen(5, noise=noise(1e4))).reason == ""
+    assert policy.decide(seen(10, noise=noise(1e4))).batch_global == 110
+    assert policy.decide(seen(20, noise=noise(1.5))).batch_global == 99
+    unresolved = NoiseEstimate(math.nan, 10.0, math.inf, False, 1000.0, -50.0, 20)
+    grown = policy.decide(seen(30, noise=unresolved))
+    assert (grown.batch_global, grown.facts["cosine"]) == (109, -1.0)
+    small = Cosine(batch_global=2, batch_min=1, batch_max=4).build()
+    assert small.decide(seen(10, noise=noise(1e4))).batch_global == 3
 
 
 # replay
@@ -438,6 +632,12 @@ def test_a_missing_plan_is_told(tmp_path):
         ({"kind": "goodput", "batch_max": 200, "measure": "off"}, "contradict"),
         ({"kind": "goodput", "batch_max": 200, "efficiency_floor": 1.0}, "less than 1"),
         ({"kind": "adabatch", "batch_max": 200, "factor": 1.0}, "greater than 1"),
+        ({"kind": "normtest", "batch_max": 200, "measure": "off"}, "contradict"),
+        ({"kind": "normtest", "batch_max": 200, "eta": 1.0}, "less than 1"),
+        ({"kind": "cosine", "batch_max": 200, "target": 0.0}, "greater than 0"),
+        ({"kind": "cosine", "batch_max": 200, "shrink": 1.0}, "less than 1"),
+        ({"kind": "divebatch", "batch_max": 200, "estimator": "exact"}, "oracle"),
+        ({"kind": "divebatch", "batch_max": 200, "resize_every": 0}, "greater than or equal to 1"),
         ({"kind": "replay"}, "plan"),
         ({"kind": "nothing"}, "fixed"),
     ],

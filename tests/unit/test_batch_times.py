@@ -36,6 +36,7 @@ def test_nothing_before_the_third_step_and_then_the_one_size_rule():
     assert line.fixed_s == pytest.approx(FIXED)
     assert line.per_sample_s == pytest.approx(PER_SAMPLE + PER_PASS / 128)
     assert line.b_half < (FIXED + PER_PASS) / PER_SAMPLE, "too small rather than too large"
+    assert line.from_one_size
 
 
 @pytest.mark.parametrize("batches", [(64, 256), (32, 64, 128, 512), (96, 10)])
@@ -44,6 +45,7 @@ def test_two_sizes_give_the_line_itself(batches):
     assert line.fixed_s == pytest.approx(FIXED + PER_PASS)
     assert line.per_sample_s == pytest.approx(PER_SAMPLE)
     assert line.b_half == pytest.approx(240.0)
+    assert not line.from_one_size
 
 
 def test_sizes_too_near_give_no_slope():
@@ -59,9 +61,11 @@ def test_slow_steps_now_and_then_do_not_count():
 
 def test_a_line_that_is_not_positive_gives_way_to_the_latest_size():
     falling = [(64, 0.05, 0.01)] * 3 + [(256, 0.04, 0.03)] * 3
-    assert fitted(falling).times == StepTimes(pytest.approx(0.01), pytest.approx(0.03 / 256))
+    assert fitted(falling).times == StepTimes(pytest.approx(0.01), pytest.approx(0.03 / 256), True)
     from_below = [(64, 0.001, 0.0009)] * 3 + [(256, 0.1, 0.09)] * 3
-    assert fitted(from_below).times == StepTimes(pytest.approx(0.01), pytest.approx(0.09 / 256))
+    assert fitted(from_below).times == StepTimes(
+        pytest.approx(0.01), pytest.approx(0.09 / 256), True
+    )
     assert fitted([(64, 0.05, 0.05)] * 3).times is None
     assert fitted([(64, 0.05, 0.06)] * 3).times is None
 

@@ -82,7 +82,7 @@ def test_equal_to_a_backward_for_each_sample(case):
 def test_chunks_bound_what_is_held():
     model, spec = CASES["mlp"]
     per_sample = PerSample(model.build(spec), loss_for(spec))
-    p = per_sample.n_params
+    p = sum(per_sample.sizes)
     assert (per_sample.chunk(7 * p), per_sample.chunk(p - 1)) == (7, 1)
     sizes = [len(g.squares()) for g in per_sample.chunks(*draw(spec, 7), chunk=3)]
     assert sizes == [3, 3, 1]
