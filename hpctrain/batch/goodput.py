@@ -21,9 +21,8 @@ Times of one batch size make B_half too small (hpctrain/batch/times.py). Once in
 batch would stay and no other size was timed, the next steps take twice as many samples, a trial;
 the next look decides as if the batch had not changed, now with a slope.
 
-The first look is as soon as noise and times are known and the noise is resolved, or after
-`check_every` steps; after a change the next one is `cool_down_steps` steps later at the earliest,
-but the first resolved estimate is looked at at once.
+A look is due `check_every` steps after the last one, and `cool_down_steps` after a change; when the
+noise is resolved for the first time and the times are known, the next question is a look.
 
 Source: Qiao et al. 2021, "Pollux", OSDI: the objective, and a threshold of 5 %. Differences: the
 step time is a straight line, so that the best batch has a closed form (hpctrain/batch/planner.py);
