@@ -118,11 +118,13 @@ class BatchControl:
 
     def hear(self, step: int, sums: Sums) -> None:
         """Local. Take in what all ranks said after `step` steps: losses, and the times of steps."""
-        if sums.samples:
-            self._losses.append((step, sums.loss / sums.samples))
         told, self._told = self._told, sums
         timed = sums.steps_timed - told.steps_timed
-        if "times" not in self._config.needs or timed <= 0:
+        if "times" not in self._config.needs:
+            return
+        if sums.samples:
+            self._losses.append((step, sums.loss / sums.samples))
+        if timed <= 0:
             return
         samples = (sums.samples_timed - told.samples_timed) * self._ranks / timed
         if self._held and abs(samples / self._held.batch_global - 1.0) < _ALIKE:
@@ -145,7 +147,7 @@ class BatchControl:
         if self._epoch is not None:
             parts["epoch"] = self._epoch.state()
         whole = State.nested(parts)
-        whole.tensors["losses"] = Placed(torch.tensor(self._losses, dtype=torch.float64))
+        whole.tensors["losses"] = Placed(torch.tensor(list(self._losses), dtype=torch.float64))
         whole.counters |= {"ranks": self._ranks, "epochs": self._epochs}
         if self._held is not None:
             whole.counters |= {"batch_global": self._held.batch_global, "gain": self._held.gain}
