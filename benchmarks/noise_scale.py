@@ -63,6 +63,7 @@ class Training:
 
 TRAININGS = {
     "a9a": Training(32_561, 128, 0.1, (30, 254, 762, 2032), a9a),
+    "a9a_512": Training(32_561, 512, 0.4, (20, 63, 189, 504), a9a),
     "noisy_logistic": Training(20_000, 128, 2.0, (30, 156, 468, 1560), noisy_logistic),
     "mnist_mlp": Training(5_000, 128, 0.05, (20, 78, 195, 585), mnist_mlp),
     "fashion_cnn": Training(5_000, 64, 0.01, (20, 78, 156, 390), fashion_cnn),
