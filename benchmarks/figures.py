@@ -443,6 +443,34 @@ def batch_policies(results: Path) -> Figure:
     return figure
 
 
+def noise_scale(results: Path) -> Figure:
+    """The measured B_S, and DiveBatch's, over the whole training set's."""
+    problems = read(results / "noise_scale.json")["problems"]
+    title = "Measured B_S over the whole training set's: median and range of all trials"
+    figure, panels = panels_of(1, len(problems), (12, 3.2), title, sharey=True)
+    kinds = {
+        "over_truth": (OURS, "groups, where resolved"),
+        "divebatch_over_truth": (LIMIT, "DiveBatch"),
+    }
+    for panel, (name, found) in zip(panels, problems.items(), strict=True):
+        panel.axhspan(0.5, 2.0, color=OTHERS, alpha=0.35, linewidth=0)
+        for aside, (key, (color, label)) in zip((-0.08, 0.08), kinds.items(), strict=True):
+            for place, point in enumerate(found["checkpoints"]):
+                if spread := point.get(key):
+                    panel.plot([place + aside] * 2, [spread["min"], spread["max"]], color=color)
+                    dot = (place + aside, spread["median"])
+                    panel.plot(*dot, "o", color=color, markersize=4, label=label)
+                    label = "_"
+        ticks = [f"{p['step']}\n{p['resolved']:.0%}" for p in found["checkpoints"]]
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.set_xlim(-0.5, len(ticks) - 0.5)
+        panel.set_yscale("log")
+        panel.set_xlabel("step; trials resolved")
+        panel.set_title(f"{name}, B = {found['batch']}", fontsize=10)
+    panels[0].legend(fontsize=7, frameon=False, loc="upper left")
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -462,6 +490,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "replication": replication,
     "critical_batch": critical_batch,
     "batch_policies": batch_policies,
+    "noise_scale": noise_scale,
 }
 
 
