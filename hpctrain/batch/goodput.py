@@ -127,7 +127,9 @@ class GoodputPolicy(LookingPolicy):
         low, point, high = self._believed(noise)
         since = seen.step - (self.changed or 0)
         sank, rose = self.retreat.sank(high), self.retreat.rose(seen.losses, since)
-        if (sank or rose) and not self.retreat.mending(since):
+        if self.retreat.mending(since):
+            return self.kept("it was gone back to lately, and mends", facts)
+        if sank or rose:
             back = self.retreat.take_back(self.batch, seen.samples)
             why = f"{in_words(noise)} is less than what the growth went by"
             return self.moved(back, why if sank else "the loss rose", facts | {"action": "retreat"})
@@ -152,7 +154,7 @@ class GoodputPolicy(LookingPolicy):
         if target == self.batch:
             return self.kept(why, facts)
         facts["action"] = "trial" if trial else "grow" if target > self.batch else "shrink"
-        self.retreat.note(self.batch, target, low)
+        self.retreat.note(self.batch, target, low, seen.samples)
         return self.moved(target, why, facts)
 
     def state(self) -> State:

@@ -9,7 +9,7 @@ about 2 / (largest curvature) the parameters swing across the valley. That shows
             change, is above that of up to `EARLIER` before by more than `SIGMAS` standard errors
 
 Either takes the last growth back, and that batch is barred until `PATIENCE` times the samples have
-been seen: it is tried a logarithmic number of times. Neither is asked within `MENDING` steps of
+been seen: it is tried a logarithmic number of times, and the next one later. Neither is asked within `MENDING` steps of
 going back, when what is measured is still of the larger batch.
 """
 
@@ -38,16 +38,18 @@ class Retreat:
     growths: list[tuple[int, float]] = field(default_factory=list)
     """(the batch before, lower end of B_S) of those that still hold, oldest first."""
     barred: int | None = None
-    """The smallest batch that is not taken ..."""
+    """The smallest batch that is not taken before ..."""
     until: int = 0
-    """... before so many samples have been seen."""
-    grew: bool = False
-    """Whether the last change was a growth."""
+    """... so many samples have been seen; then it, and nothing above it."""
+    went_back: bool = False
+    """Whether the last change took a growth back."""
 
-    def note(self, before: int, after: int, low: float) -> None:
+    def note(self, before: int, after: int, low: float, samples: int) -> None:
         """The batch changes by a decision on its own merit; `low` is the lower end of B_S."""
-        self.grew = after > before
-        if self.grew:
+        self.went_back = False
+        if after == self.barred:  # what it once took back, and above it nothing for as long again
+            self.barred, self.until = 2 * after, PATIENCE * samples
+        if after > before:
             self.growths.append((before, low))
         else:
             self.growths = [growth for growth in self.growths if growth[0] < after]
@@ -74,26 +76,28 @@ class Retreat:
 
     def mending(self, since: int) -> bool:
         """Whether the last change, `since` steps ago, was back to a batch, and lately."""
-        return not self.grew and since < MENDING
+        return self.went_back and since < MENDING
 
     def take_back(self, batch: int, samples: int) -> int:
         """The last growth, to `batch`, is taken back; the batch before it."""
-        self.barred, self.until, self.grew = batch, PATIENCE * samples, False
+        self.barred, self.until, self.went_back = batch, PATIENCE * samples, True
         before, _ = self.growths.pop()
         return before
 
     def allows(self, batch: int, samples: int) -> bool:
         """Whether a batch may be taken."""
-        return self.barred is None or batch < self.barred or samples >= self.until
+        if self.barred is None or batch < self.barred:
+            return True
+        return batch == self.barred and samples >= self.until
 
     def state(self) -> State:
-        counters = {"barred": self.barred, "until": self.until, "grew": self.grew}
+        counters = {"barred": self.barred, "until": self.until, "went_back": self.went_back}
         return State(counters={**counters, "growths": json.dumps(self.growths)})
 
     def load_state(self, state: State) -> None:
-        barred = state.counters["barred"]
-        self.barred = None if barred is None else int(barred)
-        self.until = int(state.counters["until"] or 0)
-        self.growths = [
-            (int(b), float(low)) for b, low in json.loads(str(state.counters["growths"]))
-        ]
+        counters = state.counters
+        self.barred = None if counters["barred"] is None else int(counters["barred"])
+        self.until = int(counters["until"] or 0)
+        self.went_back = bool(counters["went_back"])
+        growths = json.loads(str(counters["growths"]))
+        self.growths = [(int(before), float(low)) for before, low in growths]

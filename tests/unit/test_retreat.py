@@ -13,8 +13,8 @@ from hpctrain.stats.noise import NoiseEstimate
 
 def grown() -> Retreat:
     retreat = Retreat()
-    retreat.note(32, 128, 90.0)
-    retreat.note(128, 512, 400.0)
+    retreat.note(32, 128, 90.0, 300)
+    retreat.note(128, 512, 400.0, 600)
     return retreat
 
 
@@ -35,6 +35,10 @@ def test_a_batch_is_barred_until_many_more_samples():
     assert not retreat.allows(512, 1000)
     assert not retreat.allows(1024, PATIENCE * 1000 - 1)
     assert retreat.allows(512, PATIENCE * 1000)
+    assert not retreat.allows(1024, PATIENCE * 1000), "one after the other"
+    retreat.note(128, 512, 400.0, PATIENCE * 1000)
+    assert not retreat.allows(1024, PATIENCE * 1000)
+    assert retreat.allows(1024, PATIENCE * PATIENCE * 1000)
 
 
 @pytest.mark.parametrize(("rise", "rose"), [(0.0, False), (-0.5, False), (0.5, True)])
