@@ -131,7 +131,7 @@ class GoodputPolicy(LookingPolicy):
             return self.kept("it was gone back to lately, and mends", facts)
         if sank or rose:
             back = self.retreat.take_back(self.batch, seen.samples)
-            why = f"{in_words(noise)} is less than what the growth went by"
+            why = f"{in_words(noise)} is far below what the growth went by"
             return self.moved(back, why if sank else "the loss rose", facts | {"action": "retreat"})
         if self.changed is not None and since < self._goodput.cool_down_steps:
             return self.kept("the last change is too recent", facts)

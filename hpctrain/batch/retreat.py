@@ -4,7 +4,7 @@ A step size that grows with the batch meets a limit that gradient noise knows no
 about 2 / (largest curvature) the parameters swing across the valley. That shows in two ways.
 
     noise   the mean gradient grows and B_S = 1 + s2 / mu2 falls, often by a factor of 2 to 50: its
-            interval comes to lie below the lower end that the growth went by
+            interval comes to lie below `SUNK` times the lower end that the growth went by
     loss    the training loss rises: its mean over the `RECENT` last tellings, or those since the
             change, is above that of up to `EARLIER` before by more than `SIGMAS` standard errors
 
@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 
 from hpctrain.state import State
 
+SUNK = 0.5
 PATIENCE = 4
 RECENT = 10
 EARLIER = 30
@@ -55,8 +56,8 @@ class Retreat:
             self.growths = [growth for growth in self.growths if growth[0] < after]
 
     def sank(self, high: float) -> bool:
-        """Whether B_S, whose upper end is `high`, is less than what the last growth went by."""
-        return bool(self.growths) and high < self.growths[-1][1]
+        """Whether B_S, whose upper end is `high`, is far below what the last growth went by."""
+        return bool(self.growths) and high < SUNK * self.growths[-1][1]
 
     def rose(self, losses: Sequence[tuple[int, float]], since: int) -> bool:
         """Whether the training loss went up since the last growth, or lately.

@@ -20,11 +20,11 @@ def grown() -> Retreat:
 
 def test_noise_below_what_the_growth_went_by():
     retreat = grown()
-    assert not retreat.sank(401.0)
-    assert retreat.sank(399.0)
+    assert not retreat.sank(201.0)
+    assert retreat.sank(199.0)
     assert retreat.take_back(512, 1000) == 128
-    assert not retreat.sank(399.0), "the growth before went by less"
-    assert retreat.sank(89.0)
+    assert not retreat.sank(199.0), "the growth before went by less"
+    assert retreat.sank(44.0)
     assert not Retreat().sank(0.0)
 
 
