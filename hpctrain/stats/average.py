@@ -12,9 +12,10 @@ m_t      keeps early, large gradients from outweighing the later ones. It knows 
 B_t, K_t the variance of mu2_t is proportional to K / ((K - 1) B²) far below B_S and to 1 / B far
          above it; the weight stands between the inverses.
 window   The last 16, 32, 64, ..., 4096 steps, and all that are remembered. From the shortest on,
-         the first whose interval reaches over no more than a factor of NARROW is taken. A window
-         whose ratio lies outside the interval of a shorter one holds steps that no longer apply:
-         then the one before it is taken.
+         the first whose interval reaches over no more than a factor of NARROW is taken, and if
+         there is none, the one with the smallest error of mu2 / s2. A window whose ratio lies
+         outside the interval of a shorter one holds steps that no longer apply: it and all longer
+         ones are left out.
 lag      A window tells of its middle. The difference of its halves, as far as it stands out of
          their noise, is what B_S has moved since; the estimate moves by it and the interval is
          extended to contain both.
@@ -142,7 +143,7 @@ def windows(n: int) -> Places:
 
 
 def choose(ratio: Ratio, lengths: Places, unit: float) -> NoiseEstimate:
-    """The shortest window that is narrow enough, or the longest that still applies. Local, pure.
+    """The shortest window that is narrow enough, or else the surest. Local, pure.
 
     Args:
         ratio: s2 over mu2 in each window, shortest first.
@@ -160,8 +161,10 @@ def choose(ratio: Ratio, lengths: Places, unit: float) -> NoiseEstimate:
         here = b_s[window] if ratio.resolved[window] else at_least
         if not at_least <= here <= at_most or low[window] > at_most:
             break
-        taken = window
-        if high[window] <= NARROW * low[window]:
+        narrow = high[window] <= NARROW * low[window]
+        if narrow or ratio.error[window] < ratio.error[taken]:
+            taken = window
+        if narrow:
             break
         at_least, at_most = max(at_least, low[window]), min(at_most, high[window])
     resolved = bool(high[taken] <= WIDEST * low[taken])
