@@ -9,8 +9,8 @@ about 2 / (largest curvature) the parameters swing across the valley. That shows
             change, is above that of up to `EARLIER` before by more than `SIGMAS` standard errors
 
 Either takes the last growth back, and that batch is barred until `PATIENCE` times the samples have
-been seen: it is tried a logarithmic number of times, and the next one later. Neither is asked within `MENDING` steps of
-going back, when what is measured is still of the larger batch.
+been seen: it is tried a logarithmic number of times, and the next one later. Neither is asked
+within `MENDING` steps of going back, when what is measured is still of the larger batch.
 """
 
 from __future__ import annotations
