@@ -308,6 +308,48 @@ def decentralised(results: Path) -> Figure:
     return figure
 
 
+def replication(results: Path) -> Figure:
+    """B_S by copies against its closed form; efficiency by batch, with the batch expected."""
+    record = read(results / "replication.json")
+    title = f"{record['n']:,} samples, of which every r are equal"
+    figure, (bound, *curves) = panels_of(1, 3, (11, 3.6), title)
+    found = [record["closed_form"][str(copies)] for copies in record["copies"]]
+    bound.plot(
+        record["copies"], [one["expected"] for one in found], color=OTHERS, label="closed form"
+    )
+    bound.errorbar(
+        record["copies"],
+        [one["measured"] for one in found],
+        [one["deviation"] for one in found],
+        fmt=".",
+        color=OURS,
+        label="measured, deviation of one draw",
+    )
+    bound.set(xscale="log", yscale="log", xlabel="copies r", ylabel="B_S at the start")
+    bound.set_xticks(record["copies"], map(str, record["copies"]))
+    bound.set_yticks(ticks := [200, 300, 400, 600], map(str, ticks))
+    bound.minorticks_off()
+    bound.legend(fontsize=7, frameon=False)
+    for panel, name in zip(curves, ("least_squares", "fashion_mlp_finer"), strict=True):
+        case = record[name]
+        for place, copies in enumerate(record["copies"]):
+            one, color = case[str(copies)], f"C{place}"
+            panel.plot(
+                case["batches"],
+                one["efficiency"],
+                ".-",
+                color=color,
+                linewidth=1.2,
+                label=f"r = {copies}",
+            )
+            panel.plot([one["b80_expected"]], [record["enough"]], "v", color=color, markersize=7)
+        panel.axhline(record["enough"], color=LIMIT, linewidth=1)
+        panel.set(xscale="log", xlabel="batch", title=name.removesuffix("_finer").replace("_", " "))
+        panel.legend(fontsize=7, frameon=False)
+    curves[0].set_ylabel("efficiency; triangle: B80 expected")
+    return figure
+
+
 def critical_batch(results: Path) -> Figure:
     """Iterations by batch and by delay beside the laws; hpctrain's rule beside the best step."""
     record = read(results / "critical_batch.json")
@@ -401,6 +443,34 @@ def batch_policies(results: Path) -> Figure:
     return figure
 
 
+def noise_scale(results: Path) -> Figure:
+    """The measured B_S, and DiveBatch's, over the whole training set's."""
+    problems = read(results / "noise_scale.json")["problems"]
+    title = "Measured B_S over the whole training set's: median and range of all trials"
+    figure, panels = panels_of(1, len(problems), (12, 3.2), title, sharey=True)
+    kinds = {
+        "over_truth": (OURS, "groups, where resolved"),
+        "divebatch_over_truth": (LIMIT, "DiveBatch"),
+    }
+    for panel, (name, found) in zip(panels, problems.items(), strict=True):
+        panel.axhspan(0.5, 2.0, color=OTHERS, alpha=0.35, linewidth=0)
+        for aside, (key, (color, label)) in zip((-0.08, 0.08), kinds.items(), strict=True):
+            for place, point in enumerate(found["checkpoints"]):
+                if spread := point.get(key):
+                    panel.plot([place + aside] * 2, [spread["min"], spread["max"]], color=color)
+                    dot = (place + aside, spread["median"])
+                    panel.plot(*dot, "o", color=color, markersize=4, label=label)
+                    label = "_"
+        ticks = [f"{p['step']}\n{p['resolved']:.0%}" for p in found["checkpoints"]]
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.set_xlim(-0.5, len(ticks) - 0.5)
+        panel.set_yscale("log")
+        panel.set_xlabel("step; trials resolved")
+        panel.set_title(f"{name}, B = {found['batch']}", fontsize=10)
+    panels[0].legend(fontsize=7, frameon=False, loc="upper left")
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -417,8 +487,10 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "straggler": straggler,
     "non_iid": non_iid,
     "decentralised": decentralised,
+    "replication": replication,
     "critical_batch": critical_batch,
     "batch_policies": batch_policies,
+    "noise_scale": noise_scale,
 }
 
 

@@ -45,8 +45,6 @@ class Measurement:
         comm: All ranks.
         flat: The model.
         seed: Of the sketches; equal on all ranks.
-        population: Samples of the training set, where each step draws from them without
-            replacement and without change; None else.
         sketch_every: Measured steps from one sketch to the next.
         throttled: Whether to measure less often where it costs too much.
     """
@@ -59,10 +57,9 @@ class Measurement:
         flat: FlatModel,
         replicas: int,
         *,
-        n_samples: int,
         own_pace: bool,
     ) -> Measurement:
-        """Collective. As a run on so many training samples needs it.
+        """Collective. As a run needs it.
 
         Raises:
             ConfigError: it is needed and cannot be had.
@@ -80,7 +77,6 @@ class Measurement:
             comm,
             flat,
             run.seed,
-            population=None if getattr(run.data, "augment", "none") != "none" else n_samples,
             sketch_every=4 if replicas == 1 else 8,
             throttled=run.batch.measure == "auto" and "epoch" not in run.batch.needs,
         )
@@ -92,7 +88,6 @@ class Measurement:
         flat: FlatModel,
         seed: int,
         *,
-        population: int | None = None,
         sketch_every: int = 4,
         throttled: bool = True,
     ) -> None:
@@ -104,7 +99,7 @@ class Measurement:
         self._sketch: Sketch | None = None
         self._arrived: GroupSums | None = None
         self._measuring = False
-        self._average = NoiseAverage(population)
+        self._average = NoiseAverage()
         self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)
         """(noise between ranks, noise inside them) of the last looks inside."""
         self._throttle = Throttle()

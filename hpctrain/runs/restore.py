@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from hpctrain.errors import DataError
 from hpctrain.runs.manifest import REPLICATED, STATE, rank_name
 from hpctrain.runs.snapshot import decode
-from hpctrain.state import Pieces, Placed, Placement, Resize, Span, State, shard_bounds
+from hpctrain.state import Counter, Pieces, Placed, Placement, Resize, Span, State, shard_bounds
 
 
 def load(
@@ -35,13 +36,12 @@ def load(
     same = size == state["size"]
     parts = {part: _replicated(folder, part, c, same) for part, c in state["parts"].items()}
     own = own or {}
-    replicas = own.get("replicas", State()).counters
+    before, now = (held.get("replicas", State()).counters for held in (parts, own))
     if size != state["size"]:
         found = _resized(folder, state["size"], rank, size)
     else:
-        same_replicas = replicas == parts.get("replicas", State()).counters
-        found = _same_size(folder, rank, size, same_replicas=same_replicas)
-    found |= _repieced(folder, state["size"], rank, own)
+        found = _same_size(folder, rank, size, same_replicas=now == before)
+    found |= _repieced(folder, state["size"], rank, own, _count(now) / _count(before))
     for key, placed in found.items():
         part, name = key.split("/", 1)
         parts.setdefault(part, State()).tensors[name] = placed
@@ -88,24 +88,35 @@ def _same_size(folder: Path, rank: int, size: int, *, same_replicas: bool) -> di
     return found
 
 
-def _repieced(folder: Path, old_size: int, rank: int, own: dict[str, State]) -> dict[str, Placed]:
-    """The pieces this rank has now, of the sum of the old parties that come to its party."""
+def _count(replicas: Mapping[str, Counter]) -> int:
+    """How many replicas there are, by the counters of "replicas"; 1 where there are none."""
+    return len(set(str(replicas.get("of_rank", "0")).split()))
+
+
+def _repieced(
+    folder: Path, old_size: int, rank: int, own: dict[str, State], share: float
+) -> dict[str, Placed]:
+    """The pieces this rank has now, of the sum of the old parties that come to its party.
+
+    `share` are new replicas over old ones: what waits in a replica is an update of its own
+    parameters, and these start at the old replicas' mean.
+    """
     result = {}
     for part, state in own.items():
         for name, placed in state.tensors.items():
             if placed.pieces is not None:
                 key = f"{part}/{name}"
                 tables = [pieces_of(_table(folder, old).get(key, {})) for old in range(old_size)]
-                tensor = _assembled(folder, key, tables, rank, placed.pieces)
+                tensor = _assembled(folder, key, tables, rank, placed.pieces, share)
                 if tensor is not None:
                     result[key] = Placed(tensor, "pieces", "sum", placed.pieces)
     return result
 
 
 def _assembled(
-    folder: Path, key: str, old: list[Pieces | None], rank: int, pieces: Pieces
+    folder: Path, key: str, old: list[Pieces | None], rank: int, pieces: Pieces, share: float
 ) -> torch.Tensor | None:
-    if rank < len(old) and old[rank] == pieces:
+    if share == 1.0 and rank < len(old) and old[rank] == pieces:
         return _read(folder / f"{rank_name(rank)}.safetensors", key)
     if not any(old):
         return None
@@ -123,6 +134,7 @@ def _assembled(
             where = span.indices()
             total[where] += values[at : at + len(where)]
             at += len(where)
+    total *= share
     kept = len(pieces.spans) - pieces.spare
     parts = [total[span.indices()] for span in pieces.spans[:kept]]
     parts += [torch.zeros(len(span.indices())) for span in pieces.spans[kept:]]

@@ -23,9 +23,9 @@ interval Fieller's, 90 %, over 16 blocks of equal weight (`interval.py`).
 Where mu2 does not stand out of the noise, or the interval reaches over more than a factor of
 WIDEST, the estimate is not `resolved`: it says "at least", with a one-sided 95 % bound.
 
-Samples drawn without replacement from a training set of n: the mean of a step's mu2_hat is then
-mu2 - s2_hat / n, that of its s2_hat n s2 / (n - 1), with both moments over the set. This is put
-right, so that at B = n the answer is that of the whole set.
+The steps of an epoch draw without replacement, and no correction is made for it. At parameters that
+do not depend on a fixed set of n samples, its own B_S would be n B_S / (n - 1 + B_S); those of a
+training do depend on it, and the uncorrected number is the nearer one there (docs/batch.md).
 
 Source: the moments, `noise.py`; the choice of the window, after Goldenshluger and Nemirovski 1997,
 "On spatially adaptive estimation of nonparametric regression", Math. Methods Stat. 6, who intersect
@@ -64,16 +64,8 @@ class NoiseAverage:
         skipped: sums left out because they were not finite.
     """
 
-    def __init__(self, population: int | None = None) -> None:
-        """Local.
-
-        Args:
-            population: Samples of the training set, if each step draws without replacement from
-                them; None for independent samples, and where augmentation makes each one new.
-        """
-        if population is not None and population < 2:
-            raise ValueError(f"population is {population}; noise needs two samples, or None")
-        self._population = population
+    def __init__(self) -> None:
+        """Local."""
         self._rows = np.zeros((2 * REMEMBERED, 3))
         """s2, mu2 and w of each step, oldest first."""
         self._end = 0
@@ -89,9 +81,6 @@ class NoiseAverage:
         if not (math.isfinite(s2) and math.isfinite(mu2)):
             self.skipped += 1
             return
-        if self._population is not None:
-            mu2 += s2 / self._population
-            s2 -= s2 / self._population
         if self._end == len(self._rows):
             self._rows[:REMEMBERED] = self._rows[REMEMBERED:]
             self._end = REMEMBERED
