@@ -471,6 +471,37 @@ def noise_scale(results: Path) -> Figure:
     return figure
 
 
+def flagship(results: Path) -> Figure:
+    """Bytes of a step with each axis switched off; accuracy against seconds where it is known."""
+    record = read(results / "flagship.json")
+    variants = record["variants"]
+    curves = {name: found for name, found in variants.items() if found.get("curves")}
+    title = "configs/flagship.toml, and each of its axes switched off"
+    count = 2 if curves else 1
+    figure, panels = panels_of(1, count, (5.5 * count, 2.8), title)
+    panels[0].set_xscale("log")
+    panels[0].set_xlim(0.1, 100.0)
+    sent = {name: [found["bytes_per_node"]["4 x 2"] / 1e6] for name, found in variants.items()}
+    bars(panels[0], sent, "{:.2f}".format)
+    panels[0].set_xlabel("MB that a node sends per step, 4 nodes x 2 ranks")
+    for place, (name, found) in enumerate(curves.items()):
+        for seed, curve in enumerate(found["curves"]):
+            panels[1].plot(
+                *zip(*curve, strict=True),
+                color=OURS if place == 0 else f"C{place}",
+                linewidth=1.6 if place == 0 else 0.9,
+                label=name if seed == 0 else None,
+            )
+    if curves:
+        target = Target.parse(record["target"]).value
+        panels[1].axhline(target, color=LIMIT, linewidth=0.8)
+        panels[1].set(xscale="log", ylim=(target - 0.1, target + 0.02))
+        panels[1].set_xlabel(f"seconds, links of {record['rate']}")
+        panels[1].set_ylabel("held-out accuracy")
+        panels[1].legend(fontsize=7, frameon=False)
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -491,6 +522,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "critical_batch": critical_batch,
     "batch_policies": batch_policies,
     "noise_scale": noise_scale,
+    "flagship": flagship,
 }
 
 

@@ -40,7 +40,7 @@ def count_bytes(variant: str, per_node: int) -> Line:
     more = ("batch.kind=fixed", f"batch.batch_global={NODES * per_node}", "batch.measure=off")
     more += ("data.limit_train=4000", "data.limit_test=8", "data.prefetch=0")
     more += ("record.every_steps=1", "evaluate.every_epochs=0")
-    loaded = Case(variant, 1e-4).loaded(*more, length=f"train.steps={SKIPPED + ROUND}")
+    loaded = Case(variant, 1e-4).loaded(*more, length=f"train.steps={SKIPPED + ROUND + 16}")
     node_of = [rank // per_node for rank in range(NODES * per_node)]
     return on_threads(loaded, node_of, None, read_bytes)
 
@@ -103,10 +103,13 @@ def read_training(folder: Path) -> Line:
 def read_bytes(folder: Path) -> Line:
     """Bytes per step and node, over one round.
 
-    A line tells those of the steps since the one before it, one step late.
+    A line tells the mean of the steps since the one before, as far as they were heard of. The last
+    line of a run, which hears of all that is left, is not among them.
     """
     lines = [line for line in read(folder / "metrics.jsonl") if line["kind"] == "step"]
     pairs = [(a, b) for a, b in zip(lines, lines[1:], strict=False) if a["step"] >= SKIPPED]
+    pairs = [(a, b) for a, b in pairs if b["step"] <= SKIPPED + ROUND]
     steps = sum(b["step"] - a["step"] for a, b in pairs)
+    assert steps == ROUND, [b["step"] for _, b in pairs]
     sent = sum(b["bytes_sent_inter"] * (b["step"] - a["step"]) for a, b in pairs)
     return {"bytes_per_node": round(sent / steps / NODES), "of_steps": steps}
