@@ -93,8 +93,7 @@ class BatchControl:
         ended, self._epochs = epochs > self._epochs, epochs
         if ended:
             self._close_epoch()
-        asked = bool(self._config.needs) or self._lr.kind == "adascale"
-        looks = asked and not self._config.replays
+        looks = bool(self._config.needs) or self._goes_by_noise
         if self._held and looks and not ended and clock.step % self._config.check_every:
             return Next(self._held)
         seen = self._seen(clock)
@@ -172,6 +171,11 @@ class BatchControl:
             batch, gain = counters["batch_global"], counters["gain"]
             self._held = Decision(int(batch or 0), float(gain or 0.0))
 
+    @property
+    def _goes_by_noise(self) -> bool:
+        by_rule = self._lr.kind == "adascale" and not self._config.replays
+        return "noise" in self._config.needs or by_rule
+
     def _seen(self, clock: Clock) -> Seen:
         return Seen(
             step=clock.step,
@@ -179,7 +183,7 @@ class BatchControl:
             epoch=clock.epoch,
             samples_per_epoch=clock.samples_per_epoch,
             ranks=self._ranks,
-            noise=self._measurement.estimate(),
+            noise=self._measurement.estimate() if self._goes_by_noise else None,
             latest=self._measurement.latest,
             times=self._fixed_times or self._times.times,
             epoch_diversity=self._epoch_b_s,

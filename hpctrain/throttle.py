@@ -9,6 +9,8 @@ from hpctrain.control import Sums
 
 COST_LIMIT = 0.01
 """Share of the time of steps that measuring may take."""
+SELDOM = 64
+"""Most steps from one measured step to the next."""
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Throttle:
         self._from = sums
         cost = self.share * self.every  # of measuring every step
         if self.share > COST_LIMIT:
-            while cost > COST_LIMIT * self.every:
+            while cost > COST_LIMIT * self.every and self.every < SELDOM:
                 self.every *= 2
         elif self.every > 1 and self.share < COST_LIMIT / 4:
             self.every //= 2
