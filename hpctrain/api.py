@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hpctrain
 from hpctrain.assemble import Options, World, open_session
@@ -16,6 +16,8 @@ from hpctrain.session import Session
 from hpctrain.table import parse_duration_s
 from hpctrain.train import rehearse, run_training
 from hpctrain.transport import mpi
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,15 @@ def launch(loaded: Loaded, options: Options) -> int:
         loaded: The configuration.
         options: Folder, resume, walltime.
     """
+    outcome = on_all_ranks(lambda world: run_on(world, loaded, options))
+    return EXIT_COMPLETE if outcome.complete or options.dry_run else EXIT_STOPPED
+
+
+def on_all_ranks(body: Callable[[World], Made]) -> Made:
+    """Collective. Start MPI and call `body`; what escapes from it on one rank ends all ranks."""
     world = _mpi_world()
     with mpi.guard().guarded():
-        outcome = run_on(world, loaded, options)
-    return EXIT_COMPLETE if outcome.complete or options.dry_run else EXIT_STOPPED
+        return body(world)
 
 
 def run_on(world: World, loaded: Loaded, options: Options) -> Outcome:

@@ -17,6 +17,8 @@ import torch
 
 from hpctrain import __version__
 from hpctrain.agreement import Agreement
+from hpctrain.batch_control import BatchControl
+from hpctrain.census import measure_diversity
 from hpctrain.clock import Clock
 from hpctrain.config import Loaded, Run
 from hpctrain.data.loader import Loader
@@ -27,6 +29,7 @@ from hpctrain.errors import ConfigError
 from hpctrain.exchange.setting import Setting
 from hpctrain.hardware import choose_device, choose_threads, make_reducer
 from hpctrain.journal import Journal
+from hpctrain.measurement import Measurement
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import AppliedUpdate
 from hpctrain.place import Place, claimed
@@ -37,6 +40,7 @@ from hpctrain.replicas import Replicas
 from hpctrain.runs import environment, restore
 from hpctrain.runs.checkpoint import Checkpointer
 from hpctrain.runs.console import choose_display, find_terminal, make_console
+from hpctrain.runs.plan import Plan
 from hpctrain.runs.progress import Progress, batch_equation
 from hpctrain.runs.record import Recorder
 from hpctrain.runs.signals import StopRequest
@@ -125,16 +129,27 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         order = SampleOrder(len(train), run.seed, comm.rank, comm.size, shards, replicas.ranks)
         rules = make_rules(run, replicas, scopes, comm, flat, optimiser, data.spec, probe)
         clock.own_pace = order.own_pace = rules.own_pace
+        measurement = Measurement.of(run, comm, flat, replicas.count, own_pace=rules.own_pace)
+        batch = BatchControl(
+            run.batch,
+            run.lr,
+            ranks=comm.size,
+            replicas=replicas.count,
+            flat=flat,
+            measurement=measurement,
+            census=lambda: measure_diversity(flat, data.spec, train, comm).b_s,
+        )
         session = Session(
             run=run,
             comm=comm,
             device=device,
             data=data,
-            loader=Loader(train, order, run.batch.micro_batch, run.data.prefetch, device),
+            loader=Loader(train, order, run.batch.micro_for(comm.size), run.data.prefetch, device),
             flat=flat,
             optimiser=optimiser,
             exchange=exchange,
-            policy=run.batch.build(),
+            batch=batch,
+            measurement=measurement,
             lr=run.lr,
             clock=clock,
             replicas=replicas,
@@ -225,18 +240,22 @@ def open_journal(session: Session, place: Place | None, local: ExitStack) -> Jou
             fraction=session.clock.progress,
             total_steps=session.clock.total_steps,
             plain_every_s=record.plain_every_s,
+            ranks=session.comm.size,
         )
     )
-    recorder = tensorboard = None
+    recorder = plan = tensorboard = None
     if place:
         step = session.clock.step
         recorder = local.enter_context(
             Recorder(place.folder.metrics, attempt=place.folder.attempt, step=step)
         )
+        plan = local.enter_context(Plan(place.folder.plan, step))
         if record.tensorboard:
             tensorboard = local.enter_context(TensorBoard(place.folder.tensorboard, step))
     folder = place.folder if place else None
-    return Journal(progress, session.comm.size, record.every_steps, folder, recorder, tensorboard)
+    return Journal(
+        progress, session.comm.size, record.every_steps, folder, recorder, plan, tensorboard
+    )
 
 
 def header(loaded: Loaded, session: Session, threads: int, place: Place | None) -> list[str]:

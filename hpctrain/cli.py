@@ -16,7 +16,9 @@ from typing import Annotated
 import typer
 
 from hpctrain import __version__
+from hpctrain.commands.calibrate import calibrate
 from hpctrain.commands.container import app as container
+from hpctrain.commands.diversity import diversity
 from hpctrain.commands.doctor import doctor, topology
 from hpctrain.commands.submit import submit
 from hpctrain.errors import EXIT_COMPLETE, EXIT_USAGE, HpctrainError
@@ -39,6 +41,7 @@ EPILOG = """Examples:
   hpctrain check my.toml --set lr.base=0.3              validate without MPI
   hpctrain config > my.toml                             start from the built-in one
   mpirun -n 4 hpctrain doctor                           what would go wrong here, and the fix
+  mpirun -n 4 hpctrain diversity --checkpoint runs/a    how large a batch these gradients bear
   hpctrain submit my.toml --scheduler slurm --nodes 4 --time 4h
 
 Exit codes: 0 complete, 2 usage, 65 data, 69 backend unavailable, 70 internal, 73 cannot write,
@@ -184,6 +187,8 @@ def logs(
 
 
 app.command()(submit)
+app.command()(calibrate)
+app.command()(diversity)
 app.command()(doctor)
 app.command()(topology)
 app.add_typer(container, name="container")

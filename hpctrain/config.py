@@ -76,6 +76,11 @@ class Run(Table):
     record: RecordConfig = RecordConfig()
     watchdog: Watchdog = Watchdog()
 
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the batch policy or the step size goes by measured gradients. Local."""
+        return bool(self.batch.needs & {"noise", "epoch"}) or self.lr.kind == "adascale"
+
     @model_validator(mode="after")
     def _combinations(self) -> Run:
         self.exchange.require_fit(self.train, self.optimiser)
@@ -92,6 +97,17 @@ class Run(Table):
             )
         if self.train.autocast != "off" and self.train.device == "cpu":
             raise ValueError('train.autocast = "bfloat16" needs train.device = "cuda" or "auto"')
+        if self.lr.kind == "adascale" and self.optimiser.kind != "sgd":
+            raise ValueError(
+                f'lr.kind = "adascale" is a rule for optimiser.kind = "sgd"; with '
+                f'"{self.optimiser.kind}" set lr.kind = "sqrt"'
+            )
+        self.batch.require_fit(
+            self.train,
+            self.lr,
+            exact=self.exchange.exact and self.exchange.scope == "world",
+            own_pace=any(rule.own_pace for rule in self.sync),
+        )
         return self
 
 

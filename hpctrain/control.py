@@ -37,9 +37,16 @@ class Sums:
     steps_timed: float = 0.0
     """Steps that the seconds are of."""
     samples_timed: float = 0.0
+    measure_s: float = 0.0
+    """Spent measuring gradients."""
     steps_done: float = 0.0
     """Cumulative, with this step, as below."""
     samples_done: float = 0.0
+    groups: float = 0.0
+    """What `meter.Squares` says of this step, as all below."""
+    weighted_sq: float = 0.0
+    pieces: float = 0.0
+    piece_weighted_sq: float = 0.0
 
 
 @dataclass

@@ -7,16 +7,18 @@ that telling them costs no message of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from hpctrain.batch.policy import Decision
 from hpctrain.clock import Clock, Every
 from hpctrain.control import Sums
 from hpctrain.errors import EXIT_COMPLETE, EXIT_STOPPED
 from hpctrain.runs.checkpoint import Outcome
 from hpctrain.runs.folder import RunFolder
 from hpctrain.runs.manifest import Found
+from hpctrain.runs.plan import Plan
 from hpctrain.runs.progress import Progress, Summary
 from hpctrain.runs.record import Kind, Recorder
 from hpctrain.runs.tensorboard import TensorBoard
@@ -32,6 +34,7 @@ class Journal:
         every_steps: Steps between two recorded lines.
         run_folder: None on a dry run.
         recorder: On rank 0; None on others and on a dry run.
+        plan: Likewise.
         tensorboard: On rank 0 where asked for.
     """
 
@@ -42,6 +45,7 @@ class Journal:
         every_steps: int,
         run_folder: RunFolder | None = None,
         recorder: Recorder | None = None,
+        plan: Plan | None = None,
         tensorboard: TensorBoard | None = None,
     ) -> None:
         self._progress = progress
@@ -49,6 +53,7 @@ class Journal:
         self._due = Every(every_steps)
         self._run_folder = run_folder
         self._recorder = recorder
+        self._plan = plan
         self._tensorboard = tensorboard
         self._told = Sums()
         """As of the last step line."""
@@ -76,11 +81,13 @@ class Journal:
         clock: Clock,
         sums: Sums | None,
         batch_global: int,
+        passes: int,
         lr: float,
         source: BytesSource,
         exchange: dict[str, float],
         sync: dict[str, float],
         regulariser: dict[str, float],
+        noise: Callable[[], Mapping[str, float | None]],
     ) -> None:
         """A step is done.
 
@@ -89,11 +96,13 @@ class Journal:
             sums: What all ranks said since the last time, seconds and bytes up to the step before;
                 None where nothing new was heard.
             batch_global: Samples of the step over all ranks.
+            passes: Micro-batches of this rank.
             lr: Its step size.
             source: Of the bytes.
             exchange: The exchange's own numbers.
             sync: The rules' own numbers.
             regulariser: The regularisers' own numbers.
+            noise: Gives those of the gradient noise; asked for a line that is written.
         """
         if sums is not None:
             due = self._due.due(clock.step) or self._steps == 0 or clock.done
@@ -105,16 +114,32 @@ class Journal:
                     accuracy=None if math.isnan(sums.correct) else sums.correct / sums.samples,
                     lr=lr,
                     batch_global=batch_global,
+                    passes=passes,
                     bytes_source=source,
                     sync=sync or None,
                     regulariser=regulariser or None,
                     **exchange,
+                    **noise(),
                     **self._rates(sums),
                 )
         self._steps += 1
         self._samples += batch_global
         self._progress.tick(clock.step, clock.progress)
         self._tell_running(clock)
+
+    def decision(self, clock: Clock, decision: Decision, *, tell: bool) -> None:
+        """The batch policy decided on the next step. With `tell` the display says so too."""
+        if self._plan:
+            self._plan.write(
+                step=clock.step,
+                samples=clock.samples,
+                batch_global=decision.batch_global,
+                lr_gain=decision.gain,
+                reason=decision.reason,
+                facts=decision.facts,
+            )
+        if tell:
+            self.note(clock, f"batch: {decision.reason}")
 
     def evaluation(self, clock: Clock, results: dict[str, float], eval_s: float) -> None:
         """An evaluation is done."""

@@ -6,7 +6,15 @@ parameters, one per run of neighbours that are treated alike. On one CPU core th
 0.4 M parameters with SGD and 0.8 ms for 1.8 M with AdamW, against 0.2 and 2.9 ms for
 `foreach=True` on the separate parameters.
 
-The step size is not here: it comes with every `step(lr)` from the table [lr].
+The step size is not here: it comes with every `step(lr, batch)` from the table [lr].
+
+With `half_life_batch` = B0 the memory keeps its half-life in samples where the batch changes: an
+update of B samples takes momentum^(B / B0) (sgd) or b2^(B / B0) (adamw) in place of momentum or b2.
+AdamW then divides v by 1 - b2^(samples so far / B0), which is what its weights add up to. With sgd
+a gradient moves the parameters by lr / (1 - momentum) in all: a longer memory also moves farther.
+
+Source: Marek et al. 2025, arXiv 2507.07101: b2 at a constant half-life in tokens, b1 as it is. The
+same for the momentum of sgd, and the correction of v for a batch that changes, are ours.
 """
 
 from __future__ import annotations
@@ -43,11 +51,16 @@ class Sgd(Table):
     """l2 term: weight_decay/2 * ||w||² is added to the loss (not to the loss that is shown)."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Scale the whole gradient down to this Euclidean norm where it is longer."""
+    half_life_batch: int | None = Field(default=None, ge=1)
+    """The batch of an update at which `momentum` is meant; at others it is raised to the
+    power batch / half_life_batch. Without it `momentum` is per update, whatever its batch."""
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Sgd:
+    def _what_needs_momentum(self) -> Sgd:
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("nesterov = true needs momentum > 0, for example momentum = 0.9")
+        if self.half_life_batch is not None and self.momentum == 0.0:
+            raise ValueError("half_life_batch has no effect without momentum; drop it")
         return self
 
     def build(self, flat: FlatModel) -> Optimiser:
@@ -64,7 +77,7 @@ class Sgd(Table):
         )
         for name, vector in vectors.items():
             sgd.state[parameter][name] = vector
-        return Optimiser(flat, sgd, vectors, self.clip_norm)
+        return Optimiser(flat, sgd, vectors, self.clip_norm, self.half_life_batch)
 
 
 class AdamW(Table):
@@ -92,6 +105,9 @@ class AdamW(Table):
     """Decoupled decay of matrices, kernels and embeddings."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Scale the whole gradient down to this Euclidean norm where it is longer."""
+    half_life_batch: int | None = Field(default=None, ge=1)
+    """The batch of an update at which `betas[1]` is meant; at others it is raised to the
+    power batch / half_life_batch. Without it `betas[1]` is per update, whatever its batch."""
 
     def build(self, flat: FlatModel) -> Optimiser:
         """The optimiser of one model's parameters. Local."""
@@ -111,7 +127,7 @@ class AdamW(Table):
         for piece, (where, _) in zip(pieces, runs, strict=True):
             step = torch.zeros((), dtype=torch.float32, device=piece.device)
             adamw.state[piece] = {"step": step} | {n: v[where] for n, v in vectors.items()}
-        return Optimiser(flat, adamw, vectors, self.clip_norm)
+        return Optimiser(flat, adamw, vectors, self.clip_norm, self.half_life_batch)
 
 
 def _kind(value: Any) -> Any:
@@ -139,19 +155,31 @@ class Optimiser:
         torch_optimizer: torch.optim.Optimizer,
         vectors: dict[str, Tensor],
         clip_norm: float | None,
+        half_life_batch: int | None = None,
     ) -> None:
         self.vectors = vectors
         self._flat = flat
         self._torch = torch_optimizer
         self._clip_norm = clip_norm
+        self._half_life_batch = half_life_batch
+        self._meant = [dict(group) for group in torch_optimizer.param_groups]
+        self._updates = 0
+        self._samples = 0
 
-    def step(self, lr: float) -> float | None:
+    def step(self, lr: float, batch: int | None = None) -> float | None:
         """One update of `flat.params_P` from `flat.grads_P`. Local.
 
         Overwrites the parameters, the memory and, where it clips, the gradient.
 
+        Args:
+            lr: Step size.
+            batch: Samples whose mean gradient it is; needed with `half_life_batch`.
+
         Returns:
             The gradient's norm before clipping; None without `clip_norm`.
+
+        Raises:
+            ValueError: `batch` is missing.
         """
         norm = None
         if self._clip_norm is not None:
@@ -160,19 +188,47 @@ class Optimiser:
                 self._flat.grads_P.mul_(self._clip_norm / norm)
         for group in self._torch.param_groups:
             group["lr"] = lr
+        if self._half_life_batch is not None:
+            if batch is None:
+                raise ValueError("half_life_batch needs the batch of every update")
+            self._keep_half_life(lr, batch, self._half_life_batch)
         self._torch.step()
         return norm
+
+    def _keep_half_life(self, lr: float, batch: int, reference: int) -> None:
+        """Set what this update remembers of those before it.
+
+        torch's AdamW knows one number of updates t for both corrections. It gets the t that makes
+        b2'^t right, and the step size makes good what that does to 1 - b1^t.
+        """
+        self._updates += 1
+        self._samples += batch
+        for group, meant in zip(self._torch.param_groups, self._meant, strict=True):
+            if "betas" not in group:
+                group["momentum"] = meant["momentum"] ** (batch / reference)
+                continue
+            b1, b2 = meant["betas"]
+            group["betas"] = (b1, b2 ** (batch / reference))
+            t = self._samples / batch
+            factor = (1.0 - b1**t) / (1.0 - b1**self._updates)
+            group["lr"] = lr * factor
+            group["weight_decay"] = meant["weight_decay"] / factor
+        for step in self._step_counters():
+            step.fill_(self._samples / batch - 1.0)
 
     def state(self) -> State:
         """Memory by parameter, "<vector>.<parameter>", equal on all ranks; aliases live memory.
 
-        Local. The counter "steps" is the number of updates that AdamW's bias correction counts.
+        Local. The counter "steps" is the number of updates that AdamW's bias correction counts, and
+        "samples" those of all updates with `half_life_batch`.
         """
         tensors = {
             f"{vector_name}.{name}": Placed(view)
             for vector_name, vector in self.vectors.items()
             for name, view in zip(self._flat.names, self._flat.views(vector), strict=True)
         }
+        if self._half_life_batch is not None:
+            return State(tensors, {"steps": self._updates, "samples": self._samples})
         steps = next((int(step) for step in self._step_counters()), None)
         return State(tensors, {} if steps is None else {"steps": steps})
 
@@ -194,8 +250,10 @@ class Optimiser:
             )
         for name, placed in own.tensors.items():
             placed.tensor.copy_(state.tensors[name].tensor)
+        self._updates = int(state.counters.get("steps") or 0)
+        self._samples = int(state.counters.get("samples") or 0)
         for step in self._step_counters():
-            step.fill_(int(state.counters["steps"] or 0))
+            step.fill_(self._updates)
 
     def _step_counters(self) -> list[Tensor]:
         return [memory["step"] for memory in self._torch.state.values() if "step" in memory]
@@ -206,7 +264,7 @@ class AppliedUpdate:
 
     vectors: ClassVar[dict[str, Tensor]] = {}
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, batch: int | None = None) -> None:
         """Nothing is left to do. Local."""
 
     def state(self) -> State:

@@ -52,7 +52,7 @@ class Replicas:
         """Local. A state whose replicated tensors are equal within a replica only.
 
         With other replicas than those that wrote it, every new one starts at the old ones' mean,
-        and the residuals of an exchange keep their sum over all parties of all replicas.
+        and what waits in an exchange keeps its sum over all parties, as a mean over replicas.
         """
         if self.count == 1:
             return state

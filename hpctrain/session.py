@@ -11,15 +11,16 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpctrain.agreement import Agreement, Heard
-from hpctrain.batch import BatchPolicy
 from hpctrain.batch.lr import LrConfig
+from hpctrain.batch.policy import Decision
+from hpctrain.batch_control import BatchControl
 from hpctrain.clock import Clock, Every
 from hpctrain.config import Run
 from hpctrain.control import Maxima, Sums
@@ -28,6 +29,8 @@ from hpctrain.data.spec import DataSets, Spec
 from hpctrain.errors import NonFinite
 from hpctrain.exchange import Exchange
 from hpctrain.journal import Journal
+from hpctrain.measurement import Measurement
+from hpctrain.meter import Squares
 from hpctrain.models.flat import FlatModel
 from hpctrain.optimiser import AppliedUpdate, Optimiser
 from hpctrain.randomness import RandomState
@@ -39,30 +42,10 @@ from hpctrain.state import Counter, State, Stateful
 from hpctrain.sync.rule import Moment
 from hpctrain.sync.rules import Rules
 from hpctrain.sync.trigger import Elapsed
+from hpctrain.timing import Stepped, Timing
 from hpctrain.transport.communicator import Communicator
 from hpctrain.transport.watchdog import Watchdog
 from hpctrain.views import Views
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one step on this rank."""
-
-    step_s: float
-    compute_s: float
-    exchange_s: float
-    sync_s: float
-    input_s: float
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """A step that is done: what this rank said of it, what its replica said, and its seconds."""
-
-    own: Sums
-    maxima: Maxima
-    replica: Heard
-    timing: Timing
 
 
 @dataclass
@@ -77,7 +60,8 @@ class Session:
     flat: FlatModel
     optimiser: Optimiser | AppliedUpdate
     exchange: Exchange
-    policy: BatchPolicy
+    batch: BatchControl
+    measurement: Measurement
     lr: LrConfig
     clock: Clock
     replicas: Replicas
@@ -112,7 +96,14 @@ class Session:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def lr_for(self, batch: Batch) -> float:
+    def decide(self) -> Decision:
+        """Collective where the policy asks for the whole data set. What the next step takes."""
+        following = self.batch.next(self.clock)
+        if following.considered:
+            self.journal.decision(self.clock, following.decision, tell=following.changes_batch)
+        return following.decision
+
+    def lr_for(self, batch: Batch, gain: float) -> float:
         """Local. The step size of the next step, for as many samples as one update takes."""
         return self.lr.lr_at(
             self.clock.samples,
@@ -121,6 +112,7 @@ class Session:
             batch.batch_global,
             batch.batch_replica or 1,
             getattr(self.run.exchange, "delay", 0),
+            gain=gain,
         )
 
     def moment(self, lr: float, loss: float, samples: int) -> Moment:
@@ -129,7 +121,9 @@ class Session:
         elapsed = Elapsed(clock.own_step + 1, clock.epoch, clock.step, clock.seconds)
         return Moment(elapsed, lr, loss, samples)
 
-    def vote(self, loss: float, correct: float, samples: int) -> tuple[Sums, Maxima]:
+    def vote(
+        self, loss: float, correct: float, samples: int, squares: Squares
+    ) -> tuple[Sums, Maxima]:
         """Local. What this rank says in the step's control message."""
         sums = replace(
             self.totals,
@@ -139,6 +133,7 @@ class Session:
             steps_done=self.clock.own_step + 1,
             samples_done=self.clock.own_samples + samples,
             non_finite=float(not math.isfinite(loss)),
+            **asdict(squares),
         )
         done, failed, wanted = self.checkpoints.numbers()
         code = self.stop.poll(self.checkpoints.save_s)
@@ -156,6 +151,8 @@ class Session:
         if heard is not None:
             self.clock.follow(heard.sums.steps_done, heard.sums.samples_done, self.comm.size)
             self.clock.seconds = heard.maxima.seconds
+            self.measurement.hear(heard.sums)
+            self.batch.hear(self.clock.step, heard.sums)
         if heard is not None and heard.sums.non_finite and not self.rules.mends:
             raise NonFinite(
                 f"the loss of {heard.sums.non_finite:g} update(s) up to step {self.clock.step} was "
@@ -197,26 +194,23 @@ class Session:
             self.clock,
             None if heard is None else heard.sums,
             batch.batch_global,
+            len(batch.micro_batches),
             lr,
             ledger.source,
             self.exchange.tally(),
             self.rules.tally(),
             self.regularisers.tally(),
+            self.measurement.tally,
         )
-        for remark in self.rules.remarks():
+        for remark in [*self.rules.remarks(), *self.measurement.remarks()]:
             if remark not in self._remarks:
                 self._remarks.add(remark)
                 self.journal.note(self.clock, remark)
-        self.totals = Sums(
-            step_s=self.totals.step_s + timing.step_s,
-            compute_s=self.totals.compute_s + timing.compute_s,
-            exchange_s=self.totals.exchange_s + timing.exchange_s,
-            sync_s=self.totals.sync_s + timing.sync_s,
-            input_s=self.totals.input_s + timing.input_s,
+        self.totals = replace(
+            timing.added_to(self.totals, batch.batch_local),
+            measure_s=self.measurement.seconds,
             bytes_sent_intra=ledger.bytes_sent_intra,
             bytes_sent_inter=ledger.bytes_sent_inter,
-            steps_timed=self.totals.steps_timed + 1,
-            samples_timed=self.totals.samples_timed + batch.batch_local,
         )
 
     def record_evaluation(self, results: dict[str, float], eval_s: float) -> None:
@@ -239,6 +233,7 @@ class Session:
             self.journal.checkpoint(self.clock, self.checkpoints.advance(heard.maxima.saves))
         if self.checkpoints.due(self.clock.step):
             self.rules.settle()
+            self.measurement.settle()
             self.checkpoints.save(self.clock.step, self.parts())
 
     def save_and_wait(self, *, stopped: bool) -> None:
@@ -250,6 +245,7 @@ class Session:
         self.watchdog.beat(self.clock.step, "checkpoint")
         self.agreement.drain()
         self.rules.settle()
+        self.measurement.settle()
         outcome = self.checkpoints.finish(
             self.clock.step, self.parts(), self.agreement.reduce_max, stopped=stopped
         )
@@ -294,6 +290,7 @@ class Session:
             "exchange": self.exchange,
             "sync": self.rules,
             "regulariser": self.regularisers,
-            "batch": self.policy,
+            "batch": self.batch,
+            "measurement": self.measurement,
             "random": self.random,
         }

@@ -43,8 +43,8 @@ class TopologyConfig(Table):
     """[topology]: groups of ranks, where they are not nodes."""
 
     groups: list[list[int]] | str = "node"
-    """The scope "group": "node", "numa", "switch", "world", "size:N" (N consecutive ranks each), or
-    lists of ranks that hold every rank once."""
+    """The scope "group": "node", "numa", "switch", "world", "size:N" (N consecutive ranks each),
+    "nodes:N" (N consecutive nodes), or lists of ranks that hold every rank once."""
 
 
 class Evaluate(Table):

@@ -7,6 +7,7 @@ and what a change of the number of ranks does to it, so that checkpoint code nee
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -110,6 +111,23 @@ class State:
 
     tensors: dict[str, Placed] = field(default_factory=dict)
     counters: dict[str, Counter] = field(default_factory=dict)
+
+    @classmethod
+    def nested(cls, parts: Mapping[str, State]) -> State:
+        """One state of several, every name with its part's in front: "PART.NAME". Local."""
+        whole = cls()
+        for name, part in parts.items():
+            whole.tensors |= {f"{name}.{n}": placed for n, placed in part.tensors.items()}
+            whole.counters |= {f"{name}.{n}": counter for n, counter in part.counters.items()}
+        return whole
+
+    def below(self, part: str) -> State:
+        """One part of a `nested` state; empty where it has none. Local."""
+        prefix = f"{part}."
+        return State(
+            {n.removeprefix(prefix): p for n, p in self.tensors.items() if n.startswith(prefix)},
+            {n.removeprefix(prefix): c for n, c in self.counters.items() if n.startswith(prefix)},
+        )
 
 
 class Stateful(Protocol):

@@ -17,7 +17,8 @@ from torch import Tensor
 from hpctrain.data.loader import Batch
 from hpctrain.errors import NonFinite
 from hpctrain.models.loss import per_sample_loss
-from hpctrain.session import Session, Stepped, Timing
+from hpctrain.session import Session
+from hpctrain.timing import Stepped, Timing
 from hpctrain.transport.communicator import Communicator
 
 
@@ -36,9 +37,9 @@ def run_training(session: Session) -> str | None:
         if session.evaluation_due():
             evaluate(session)
         began = time.perf_counter()
-        batch_global = session.policy.decide(session.clock.samples)
-        batch = session.loader.next(batch_global, session.clock.samples_left)
-        lr = session.lr_for(batch)
+        decision = session.decide()
+        batch = session.loader.next(decision.batch_global, session.clock.samples_left)
+        lr = session.lr_for(batch, decision.gain)
         step = train_step(session, batch, lr, began)
         session.clock.advance(batch.batch_global, batch.batch_local)
         heard = session.hear(step)
@@ -73,18 +74,21 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     session.flat.zero_grad()
     session.regularisers.perturb(session.clock.own_step, partial(gradient, session, batch))
     losses: list[Tensor] = []
-    if not batch.micro_batches:
+    micro_batches = session.measurement.begin(session.clock.step, batch)
+    if not micro_batches:
         session.exchange.arm(lr)
-    for position, (inputs, targets) in enumerate(batch.micro_batches, start=1):
+    for position, (inputs, targets) in enumerate(micro_batches, start=1):
         session.watchdog.beat(session.clock.step, "compute")
-        if position == len(batch.micro_batches):
+        session.measurement.piece(len(targets))
+        if position == len(micro_batches):
             session.exchange.arm(lr)
         losses.append(backward(session, inputs, targets, batch.batch_replica))
+    squares = session.measurement.end(batch)
     session.regularisers.restore()
     loss, correct = torch.stack(losses).sum(0).tolist() if losses else (0.0, 0.0)
     computed = time.perf_counter()
     session.watchdog.beat(session.clock.step, "exchange")
-    said = session.vote(loss, correct, batch.batch_local)
+    said = session.vote(loss, correct, batch.batch_local, squares)
     session.agreement.start(*said)
     finite = session.exchange.finish()
     replica = session.agreement.wait()
@@ -92,6 +96,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     session.exchange.settle(keep=finite)
     if not finite and session.agreement.in_step:
         refuse_update(session, not math.isfinite(loss))
+    session.batch.take(session.measurement.settled(replica.sums, batch.batch_replica))
     exchanged = time.perf_counter()
     session.watchdog.beat(session.clock.step, "sync")
     moment = session.moment(lr, loss, batch.batch_local)
@@ -99,7 +104,7 @@ def train_step(session: Session, batch: Batch, lr: float, began: float) -> Stepp
     mixed = time.perf_counter()
     if finite and batch.batch_replica and session.exchange.ready:
         session.regularisers.adjust_gradient(session.clock.own_step, batch.batch_replica)
-        session.optimiser.step(lr)
+        session.optimiser.step(lr, batch.batch_replica)
     updated = time.perf_counter()
     session.rules.after_update(moment)
     ended = time.perf_counter()
@@ -185,8 +190,8 @@ def refuse_update(session: Session, mine: bool) -> None:
 
 def rehearse(session: Session) -> list[str]:
     """Collective. One gradient without an update or a file; what memory it takes, in words."""
-    batch_global = session.policy.decide(session.clock.samples)
-    batch = session.loader.next(batch_global, session.clock.samples_left)
+    decision = session.batch.next(session.clock).decision
+    batch = session.loader.next(decision.batch_global, session.clock.samples_left)
     gradient(session, batch)
     flat_bytes = session.flat.n_params * session.flat.params_P.element_size()
     state_bytes = sum(

@@ -109,7 +109,7 @@ class Workload:
                 lr = run.lr.lr_at(before, total_samples, len(train), batch.batch_global)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                yield batch.micro_batches[0]
+                yield next(iter(batch.micro_batches))
                 self._step_s.append(time.perf_counter() - began)
                 self._bytes.append(link_bytes() - sent)
                 if self._due(step):

@@ -5,21 +5,35 @@ A policy's config is a frozen table; `build()` gives the running policy, which h
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, Any
 
+from pydantic import Discriminator, Tag
+
+from hpctrain.batch.adabatch import AdaBatch
+from hpctrain.batch.cosine import Cosine
+from hpctrain.batch.divebatch import DiveBatch
 from hpctrain.batch.fixed import Fixed
-from hpctrain.state import Stateful
-
-BatchConfig = Fixed
-"""The table [batch]."""
-
-
-class BatchPolicy(Stateful, Protocol):
-    """Decides the size of each step's batch from numbers that are equal on all ranks."""
-
-    def decide(self, samples_seen: int) -> int:
-        """batch_global of the next step, after `samples_seen` samples of training. Local."""
-        ...
+from hpctrain.batch.goodput import Goodput
+from hpctrain.batch.normtest import NormTest
+from hpctrain.batch.policy import BatchPolicy, Decision, Seen, StepTimes
+from hpctrain.batch.replay import Replay
 
 
-__all__ = ["BatchConfig", "BatchPolicy", "Fixed"]
+def _kind(value: Any) -> Any:
+    """The union's tag; fixed where the table names no kind."""
+    return value.get("kind", "fixed") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+BatchConfig = Annotated[
+    Annotated[Fixed, Tag("fixed")]
+    | Annotated[AdaBatch, Tag("adabatch")]
+    | Annotated[DiveBatch, Tag("divebatch")]
+    | Annotated[NormTest, Tag("normtest")]
+    | Annotated[Cosine, Tag("cosine")]
+    | Annotated[Goodput, Tag("goodput")]
+    | Annotated[Replay, Tag("replay")],
+    Discriminator(_kind),
+]
+"""The choices of `batch.kind`. A new policy is one more member of this union."""
+
+__all__ = ["BatchConfig", "BatchPolicy", "Decision", "Fixed", "Seen", "StepTimes"]

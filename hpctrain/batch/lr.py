@@ -1,9 +1,13 @@
 """The step size: a schedule on the sample clock, scaled with the size of the batch.
 
-    lr = base * (batch_global / reference_batch)^p * warm-up * schedule
+    lr = base * (batch_global / reference_batch)^p * warm-up * schedule * gain
     p: kind = "none" 0, "linear" 1, "sqrt" 1/2
     kind = "stich": lr = base * (1 + M / reference_batch) / (1 + M / batch + delay) instead, with
     M = critical_batch and delay = exchange.delay: the same as "linear" far below M, flat above it
+    (with a delay, base at most 0.6 of the best step size without one: docs/studies)
+    kind = "adascale": p = 0, and gain has the factor S * (B_simple + reference_batch) / (B_simple +
+    batch), S = batch / reference_batch, B_simple the measured B_S - 1 (at least: the lower end of
+    its interval, where it is not resolved): "linear" far below B_simple, flat above it
     warm-up:   min(1, (samples_seen + batch_global) / warm-up samples); 1 without warm-up
     constant:  1
     cosine:    f + (1 - f) * (1 + cos(pi * t)) / 2, f = final_fraction, t running from 0 to 1
@@ -14,11 +18,16 @@ The clock counts samples over all ranks, so a change of the batch size in mid-ru
 end of warm-up nor a milestone. Warm-up counts the step's own samples too, so
 that the first step is not lost.
 
+`gain` comes from the run: AdaScale's factor, and what a batch policy adds.
+
 Source: Goyal et al. 2017, arXiv 1706.02677, section 2.1 (linear rule, warm-up; here warm-up starts
 at zero, not at the reference rate); Krizhevsky 2014, arXiv 1404.5997 (square root rule); Loshchilov
 and Hutter 2016, arXiv 1608.03983, equation 5 (cosine, without restarts); Stich, Mohtashami, Jaggi
 2021, arXiv 2103.02351: step sizes up to B / (L (B + M)) for batches and 1 / (L (1 + M + delay)) for
-delays, put together as one rule relative to a tuned step size.
+delays, put together as one rule relative to a tuned step size. Johnson, Agrawal, Gu, Guestrin 2020,
+arXiv 2007.05105, section 3 (AdaScale's gain, for SGD); there the schedule runs on the sum of gains
+and the run ends by it, here both stay on the sample clock, and the gain changes at looks
+(`batch.check_every`), not at every step.
 """
 
 from __future__ import annotations
@@ -30,15 +39,32 @@ from pydantic import Field, model_validator
 
 from hpctrain.table import Table
 
-_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5, "stich": 0.0}
+_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5, "stich": 0.0, "adascale": 0.0}
+
+
+def adascale_gain(batch: float, reference: float, b_simple: float) -> float:
+    """The factor of the step size at a batch, beside that of the reference batch. Local, pure.
+
+    Between 1 and batch / reference; 1 + b_simple / reference for a batch without end.
+
+    Args:
+        batch: Samples of an update.
+        reference: `reference_batch`.
+        b_simple: B_S - 1, from 0 to inf.
+    """
+    if math.isinf(b_simple):
+        return batch / reference
+    # (B_simple + B0) / (B_simple + B), as a share that stays exact for large B_simple
+    return batch / reference * (1.0 + (reference - batch) / (b_simple + batch))
 
 
 class LrConfig(Table):
     """[lr]: the step size of every step."""
 
-    kind: Literal["none", "linear", "sqrt", "stich"] = "none"
+    kind: Literal["none", "linear", "sqrt", "adascale", "stich"] = "none"
     """How the step size follows `batch_global`: not at all, in proportion, as its root (usual with
-    AdamW), or by Stich's rule for a batch and a delay."""
+    AdamW), by AdaScale's gain from the measured noise (for sgd), or by Stich's rule for a batch and
+    a delay."""
     base: float = Field(gt=0.0)
     """The largest step size, for a batch of `reference_batch`."""
     reference_batch: int | None = Field(default=None, ge=1)
@@ -63,7 +89,7 @@ class LrConfig(Table):
         if self.kind == "none" and self.reference_batch is not None:
             raise ValueError(
                 'reference_batch has no effect with kind = "none"; drop it or set '
-                'kind = "linear" or "sqrt"'
+                'kind = "linear", "sqrt" or "adascale"'
             )
         if self.kind != "none" and self.reference_batch is None:
             raise ValueError(
@@ -100,6 +126,8 @@ class LrConfig(Table):
         batch_global: int,
         batch_update: int | None = None,
         delay: int = 0,
+        *,
+        gain: float = 1.0,
     ) -> float:
         """The step size of the next step. Local, pure.
 
@@ -111,6 +139,8 @@ class LrConfig(Table):
             batch_update: Samples whose mean gradient one update takes, where that is not all of
                 them (`[[sync]]`); the scaling goes by it.
             delay: Steps between taking and applying a gradient.
+            gain: Multiplies the result: `adascale_gain` for kind = "adascale", and
+                `Decision.gain`.
         """
         warmup = self.warmup_samples or self.warmup_epochs * samples_per_epoch
         rising = min(1.0, (samples_seen + batch_global) / warmup) if warmup else 1.0
@@ -130,7 +160,12 @@ class LrConfig(Table):
             critical = self.critical_batch
             slowed = 1.0 + critical / batch_update + delay
             return float(
-                self.base * (1.0 + critical / self.reference_batch) / slowed * rising * falling
+                self.base
+                * (1.0 + critical / self.reference_batch)
+                / slowed
+                * rising
+                * falling
+                * gain
             )
         scale = (batch_update / (self.reference_batch or batch_update)) ** _POWER[self.kind]
-        return float(self.base * scale * rising * falling)
+        return float(self.base * scale * rising * falling * gain)

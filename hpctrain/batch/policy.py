@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from hpctrain.state import Stateful
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
+
+Facts = dict[str, float | bool | str | None]
+"""Numbers behind a decision, by name; null where one is not known."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,18 @@ class StepTimes:
     """What a step costs whatever it takes: waiting for the exchange, the update."""
     per_sample_s: float
     """What one more sample of the global batch costs."""
+    from_one_size: bool = False
+    """Whether all steps had the same batch: what a pass costs whatever its size is then counted per
+    sample."""
 
     @property
     def b_half(self) -> float:
         """The batch at which half of a step is fixed cost."""
         return self.fixed_s / self.per_sample_s
+
+
+LOSSES = 64
+"""Training losses that a policy sees."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,15 @@ class Seen:
     epoch_diversity: float | None = None
     """n * Delta of the last whole epoch by DiveBatch's estimator, or its exact value at the end of
     that epoch, for the policy that asks for it."""
+    losses: Sequence[tuple[int, float]] = ()
+    """(step, mean training loss) of the last `LOSSES` times that ranks told it, oldest first."""
+    splits: bool = False
+    """Whether a single rank takes some shares in two passes to measure its noise."""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether times are known, and noise so well that the mean gradient stands out of it."""
+        return self.times is not None and self.noise is not None and self.noise.resolved
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Decision:
     """The step size is multiplied by it, beside the rule of [lr]."""
     reason: str = ""
     """Why, in plain words; "" where nothing was considered."""
-    facts: dict[str, float | bool | str | None] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     """The numbers behind it, for batch_plan.jsonl."""
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from hpctrain.transport.launcher import launch_from_environment
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from hpctrain.commands.output import let_errors_speak, make_console
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/doctor.md) instead.")]
 
@@ -46,16 +42,17 @@ def doctor(
         if json_:
             print(report.to_json(), flush=True)
         else:
-            report.show(_console())
+            report.show(make_console())
         return report.exit_code
 
-    _let_errors_speak()
+    let_errors_speak()
     raise typer.Exit(run(out, show, with_launcher=mpi or None, limit_s=limit_s))
 
 
 def topology(
     groups: Annotated[
-        str, typer.Option(metavar="node|numa|switch|world|size:N", help="What makes a group.")
+        str,
+        typer.Option(metavar="node|numa|switch|world|size:N|nodes:N", help="What makes a group."),
     ] = "node",
     full: Annotated[bool, typer.Option("--full", help="Draw every node.")] = False,
     json_: Json = False,
@@ -69,28 +66,11 @@ def topology(
         if json_:
             print(found.to_json(), flush=True)
             return EXIT_COMPLETE
-        console = _console()
+        console = make_console()
         console.print(draw(found.levels, found.groups, full=full))
         for remark in remarks(found.levels.topology, found.levels.switches):
             console.print(remark)
         return EXIT_COMPLETE
 
-    _let_errors_speak()
+    let_errors_speak()
     raise typer.Exit(run(groups, show))
-
-
-def _console() -> Console:
-    """Colours at a terminal, plain text elsewhere, ASCII where the locale is not UTF-8."""
-    import os
-
-    from hpctrain.runs.console import choose_display, find_terminal, make_console
-
-    launched = launch_from_environment().family != "none"
-    terminal = find_terminal(launched)
-    return make_console(choose_display("auto", terminal, os.environ), terminal, os.environ)
-
-
-def _let_errors_speak() -> None:
-    """Ranks above 0 were hushed; what goes wrong on one of them alone must be heard."""
-    if launch_from_environment().rank > 0 and sys.__stderr__ is not None:
-        sys.stderr = sys.__stderr__

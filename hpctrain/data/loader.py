@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class MicroBatches:
+    """A rank's share of a step, a part at a time. Iterating is local.
+
+    On a GPU the share stays in pinned host memory, and the copy of a part starts one part ahead:
+    what lies on the device does not grow with the share.
+    """
+
+    inputs: Tensor
+    """(B, ...) of all parts."""
+    targets: Tensor
+    """(B, ...)."""
+    size: int
+    """Most samples of a part."""
+    device: torch.device | None = None
+    """Where the parts go; None = where they are."""
+
+    def __len__(self) -> int:
+        return -(-len(self.targets) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = zip(self.inputs.split(self.size), self.targets.split(self.size), strict=True)
+        if self.device is None:
+            yield from parts
+            return
+        ahead: deque[tuple[Tensor, Tensor]] = deque()
+        for inputs, targets in parts:
+            ahead.append(
+                (
+                    inputs.to(self.device, non_blocking=True),
+                    targets.to(self.device, non_blocking=True),
+                )
+            )
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+    def halved(self) -> MicroBatches:
+        """The same samples in two parts. Local."""
+        return replace(self, size=-(-len(self.targets) // 2))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One rank's share of a step, cut into micro-batches."""
 
@@ -28,7 +71,7 @@ class Batch:
     """The same over the ranks of this rank's replica; may be 0."""
     batch_local: int
     """Samples on this rank; may be 0."""
-    micro_batches: list[tuple[Tensor, Tensor]]
+    micro_batches: MicroBatches | tuple[()]
     """(inputs, targets) of at most micro_batch samples each; empty when batch_local is 0."""
     starts_epoch: bool
 
@@ -45,7 +88,7 @@ class Loader:
         order: the sample order; the loader moves it.
         micro_batch: most samples in one micro-batch; None = all of the rank's share.
         prefetch: batches to make ahead; 0 = none, and no thread.
-        device: where tensors go. For CUDA the thread pins them and `next` starts the copy.
+        device: where tensors go. For CUDA the thread pins them.
     """
 
     def __init__(
@@ -88,7 +131,7 @@ class Loader:
             self._predict(batch_global, samples_left)
             batch = self._ahead.popleft()[1].result()
         self._order.position = step.after
-        return batch if self._device is None else self._to_device(batch)
+        return batch
 
     def state(self) -> State:
         """The order as served so far, not as made ahead. Local."""
@@ -136,13 +179,13 @@ class Loader:
     def _make(self, step: Step) -> Batch:
         mine = self._order.slice(step)
         count = len(mine.indices)
-        micro_batches: list[tuple[Tensor, Tensor]] = []
+        micro_batches: MicroBatches | tuple[()] = ()
         if count:
             inputs, targets = self._samples.batch(mine.indices, mine.epoch)
             if self._device is not None:
                 inputs, targets = inputs.pin_memory(), targets.pin_memory()
-            size = self._micro_batch or count
-            micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
+            size = min(self._micro_batch or count, count)
+            micro_batches = MicroBatches(inputs, targets, size, self._device)
         return Batch(
             mine.epoch,
             mine.batch_global,
@@ -151,13 +194,3 @@ class Loader:
             micro_batches,
             mine.starts_epoch,
         )
-
-    def _to_device(self, batch: Batch) -> Batch:
-        moved = [
-            (
-                inputs.to(self._device, non_blocking=True),
-                targets.to(self._device, non_blocking=True),
-            )
-            for inputs, targets in batch.micro_batches
-        ]
-        return replace(batch, micro_batches=moved)

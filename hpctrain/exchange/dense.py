@@ -46,6 +46,7 @@ class Dense(ExchangeTable):
     """Largest bucket in MiB: small ones start earlier, large ones use the network better."""
 
     gives: ClassVar[Literal["gradient"]] = "gradient"
+    exact: ClassVar[bool] = True
 
     def comes_last(self, shape: torch.Size) -> bool:
         """No parameter is treated apart. Local."""

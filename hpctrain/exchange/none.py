@@ -20,6 +20,7 @@ class NoExchange(Table):
     """Every rank is a replica of its own."""
 
     gives: ClassVar[Literal["gradient"]] = "gradient"
+    exact: ClassVar[bool] = False
     scope: ClassVar[Literal["rank"]] = "rank"
 
     def comes_last(self, shape: torch.Size) -> bool:

@@ -82,5 +82,8 @@ class ReadyBuckets:
 
     def _start_through(self, end: int) -> None:
         while self._next < end:
+            if self._flat.on_ready is not None:
+                bucket = self._buckets[self._next]
+                self._flat.on_ready(bucket.start, bucket.stop)
             self._start(self._next)
             self._next += 1

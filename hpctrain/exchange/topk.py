@@ -113,6 +113,11 @@ class TopkSettings(ExchangeTable):
                 f'exchange.gives = "update" needs optimiser.kind = "sgd", whose momentum can come '
                 f'before selection; got "{optimiser.kind}": set exchange.gives = "gradient"'
             )
+        if self.gives == "update" and optimiser.half_life_batch is not None:
+            raise ValueError(
+                'optimiser.half_life_batch does not reach the momentum of exchange.gives = "update"'
+                '; drop it, or set exchange.gives = "gradient"'
+            )
 
     @property
     def coding(self) -> Coding:

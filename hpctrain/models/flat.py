@@ -28,6 +28,8 @@ class FlatModel:
         slices: where each parameter lies in both vectors.
         n_params: P, the length of both.
         params_P, grads_P: the vectors, contiguous, of the parameters' dtype, on their device.
+        on_ready: called with [start, stop) of a part of the gradient that is complete, before an
+            exchange that starts during backward may change it; None = nobody asks.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class FlatModel:
             self.n_params += p.numel()
         self.params_P = torch.cat([p.detach().flatten() for p in self.parameters])
         self.grads_P = torch.zeros_like(self.params_P)
+        self.on_ready: Callable[[int, int], None] | None = None
         self._grad_views = dict(zip(self.parameters, self.views(self.grads_P), strict=True))
         for p, view in zip(self.parameters, self.views(self.params_P), strict=True):
             p.data = view

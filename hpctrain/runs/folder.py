@@ -3,6 +3,7 @@
     config.toml  env.json           resolved configuration; versions, hosts, topology, git
     status.json                     state, step, attempt, process; replaced in one step
     metrics.jsonl                   the record (record.py)
+    batch_plan.jsonl                what the batch policy decided (plan.py)
     logs/rank-00000.log             one per rank (logs.py)
     checkpoints/step-00000100/      (manifest.py)
     STOP                            its presence asks the run to stop
@@ -54,6 +55,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "batch_plan.jsonl"
 
     @property
     def checkpoints(self) -> Path:

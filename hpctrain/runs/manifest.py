@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpctrain.errors import DataError
+from hpctrain.errors import DataError, UsageError
 from hpctrain.runs.durable import reason, sync_folder, write_durably
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,26 @@ def latest(folder: Path) -> Found | None:
             "Restore one of them, or start anew in another folder (--resume never --out DIR)."
         )
     return None
+
+
+def named(path: Path) -> Found:
+    """The checkpoint that a person points at: a step's folder, or a run's newest. Local.
+
+    Raises:
+        UsageError: the path holds no checkpoint.
+        DataError: what is there cannot be used.
+    """
+    if path.is_dir() and (_COMPLETE.fullmatch(path.name) or (path / MANIFEST).is_file()):
+        return verify(path)
+    for folder in (path / "checkpoints", path):
+        found = latest(folder)
+        if found is not None:
+            return found
+    what = "holds no checkpoint" if path.is_dir() else "is no folder"
+    raise UsageError(
+        f"{path} {what}; give a run folder, whose newest checkpoint is taken, or a checkpoint, "
+        f"such as {Path('runs') / 'a' / 'checkpoints' / folder_name(100)}"
+    )
 
 
 def clean(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table as Grid
 
 from hpctrain.runs.console import Display
-from hpctrain.runs.record import Line
+from hpctrain.runs.lines import Line
+from hpctrain.stats.noise import NoiseEstimate
+from hpctrain.stats.words import efficiency_in_words, noise_in_words
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Progress:
         fraction: of the run that is done when this attempt starts.
         total_steps: None when the run's length is not given in steps.
         plain_every_s: at least so many seconds between two plain lines.
+        ranks: how many share a batch.
     """
 
     def __init__(
@@ -60,12 +64,14 @@ class Progress:
         fraction: float = 0.0,
         total_steps: int | None = None,
         plain_every_s: float = 5.0,
+        ranks: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
         self._display: Display = display if console else "none"
         self._total_steps = total_steps
         self._every_s = plain_every_s
+        self._ranks = ranks
         self._clock = clock
         self._first_fraction = fraction
         self._began_s = clock()
@@ -111,11 +117,11 @@ class Progress:
         now = self._clock()
         eta_s = self._eta_s(now, fraction)
         if self._bar:
-            text = step_text(step, self._total_steps, self._line, eta_s)
+            text = step_text(step, self._total_steps, self._line, eta_s, self._ranks)
             self._bar.update(self._bar.task_ids[0], completed=fraction, description=text)
         elif self._line and now - self._shown_s >= self._every_s:
             self._shown_s = now
-            self.say([step_text(step, self._total_steps, self._line, eta_s)])
+            self.say([step_text(step, self._total_steps, self._line, eta_s, self._ranks)])
 
     def summary(self, summary: Summary) -> None:
         """The closing summary; shown with `progress = "none"` too. Local."""
@@ -134,17 +140,44 @@ class Progress:
         return (now - self._began_s) * (1 - fraction) / gained if gained > 0 else None
 
 
-def step_text(step: int, total_steps: int | None, line: Line, eta_s: float | None) -> str:
+def step_text(
+    step: int, total_steps: int | None, line: Line, eta_s: float | None, ranks: int = 1
+) -> str:
     """One plain line about a step; numbers of the last step line of the record. Local."""
-    words = [f"step {step}" + (f"/{total_steps}" if total_steps else "")]
+    told = [f"step {step}" + (f"/{total_steps}" if total_steps else "")]
     for field, pattern in _STEP_FIELDS.items():
         if line.get(field) is not None:
-            words.append(f"{pattern}".format(line[field]))
+            told.append(f"{pattern}".format(line[field]))
     if line.get("step_s") and line.get("exchange_s") is not None:
-        words.append(f"exchange {line['exchange_s'] / line['step_s']:.0%}")
+        told.append(f"exchange {line['exchange_s'] / line['step_s']:.0%}")
     if eta_s is not None:
-        words.append(f"eta {clock_text(eta_s)}")
-    return " ".join(words)
+        told.append(f"eta {clock_text(eta_s)}")
+    return " ".join(told) + noise_text(line, ranks)
+
+
+def noise_text(line: Line, ranks: int) -> str:
+    """The batch and its measured noise, e.g. " | B 512 = 8x4x16 | B_S 3.1k [2.2k-4.6k] | ...".
+
+    Ranks x passes x samples of a pass, where these make the batch without a rest. Local.
+    """
+    if line.get("bs_low") is None:
+        return ""
+    batch, passes = line["batch_global"], line["passes"] or 1
+    each, rest = divmod(batch, ranks * passes)
+    parts = [f"B {batch}" + ("" if rest else f" = {ranks}x{passes}x{each}")]
+    b_s, high = line["bs_bound"], line["bs_high"]
+    noise = NoiseEstimate(
+        b_s=math.nan if b_s is None else b_s,
+        low=line["bs_low"],
+        high=math.inf if high is None else high,
+        resolved=b_s is not None,
+        s2=line["noise_s2"],
+        mu2=line["noise_mu2"],
+        steps=line["step"],
+    )
+    parts += [noise_in_words(noise), efficiency_in_words(noise, batch)]
+    parts.append(f"cost {line['measure_share'] or 0.0:.1%}")
+    return "".join(f" | {part}" for part in parts)
 
 
 _STEP_FIELDS = {

@@ -7,27 +7,16 @@ such numbers, and its text stands under `non_finite`.
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import Field
 
-from hpctrain.errors import WriteError
-from hpctrain.runs.durable import reason, write_durably
-from hpctrain.runs.folder import cannot_write
+from hpctrain.runs.lines import JsonLines, Line
 from hpctrain.table import DurationS, Table
 
-log = logging.getLogger(__name__)
-
 Kind = Literal["step", "eval", "checkpoint", "note"]
-Line = dict[str, Any]
 
 _ALWAYS = {
     "kind": ("", "step, eval, checkpoint or note"),
@@ -49,6 +38,7 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "accuracy": ("", "fraction of this step's global batch that was classified correctly"),
         "lr": ("", "step size of this step"),
         "batch_global": ("samples", "samples of this step over all ranks"),
+        "passes": ("", "micro-batches of rank 0 in this step"),
         "step_s": ("s", f"duration, {_PER_STEP}"),
         "compute_s": ("s", f"forward, backward and update, mean over ranks, {_PER_STEP}"),
         "exchange_s": ("s", f"waiting for the exchange, mean over ranks, {_PER_STEP}"),
@@ -65,6 +55,17 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "sync": ("", "numbers of each [[sync]] rule's last meeting, RULE.NAME (docs/sync.md)"),
         "regulariser": ("", "numbers of each [[regulariser]], KIND.NAME (docs/regularisers.md)"),
         "samples_per_s": ("samples/s", "over all ranks, since the previous step line"),
+        "bs_bound": (
+            "samples",
+            "gradient noise as a batch size, 1 + s2 / mu2; null: not resolved",
+        ),
+        "bs_low": ("samples", "lower end of its 90 % interval, or the 95 % bound alone"),
+        "bs_high": ("samples", "upper end of its 90 % interval"),
+        "noise_s2": ("", "trace of the covariance of one sample's gradient"),
+        "noise_mu2": ("", "squared length of the gradient without noise"),
+        "data_skew": ("", "noise between ranks over noise inside them"),
+        "measure_share": ("", "share of the time of steps that measuring the noise takes"),
+        "measure_every": ("steps", "from one measured step to the next"),
     },
     "eval": {
         **_ALWAYS,
@@ -92,8 +93,6 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
 }
 """Per kind of line: field -> (unit, meaning). Every line has all the fields of its kind."""
 
-_PENDING_LINES = 10_000
-
 
 class RecordConfig(Table):
     """The table [record]: what a run writes down and shows."""
@@ -109,32 +108,21 @@ class RecordConfig(Table):
     """Also write TensorBoard event files into the run folder (needs the tensorboard extra)."""
 
 
-class Recorder:
+class Recorder(JsonLines):
     """Appends to metrics.jsonl; rank 0 only. Use it in a `with` block.
-
-    Each line is flushed to the operating system at once. When the disk is full, lines (the last
-    10,000) wait in memory and are written as soon as there is room.
 
     Args:
         path: the file.
         attempt: of the run folder.
-        step: where this attempt starts: 0, or the step of the checkpoint it continues from. Lines
-            of later steps are cut off.
+        step: where this attempt starts, as in `JsonLines`.
 
     Raises:
         WriteError: the file cannot be written.
     """
 
     def __init__(self, path: Path, *, attempt: int = 1, step: int = 0) -> None:
-        self.path = path
+        super().__init__(path, step=step)
         self.attempt = attempt
-        self._pending: list[bytes] = []
-        self._warned = False
-        try:
-            self.cut_lines = _cut(path, step)
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise cannot_write(path, error) from None
 
     def write(self, kind: Kind, step: int, **fields: Any) -> Line:
         """Append a line with the given fields, null for the rest of `FIELDS[kind]`. Local.
@@ -150,106 +138,5 @@ class Recorder:
             raise ValueError(f"{kind} lines have no {sorted(unknown)}; see record.FIELDS")
         given = {"kind": kind, "time_s": time.time(), "attempt": self.attempt, "step": step}
         line: Line = dict.fromkeys(FIELDS[kind]) | given | fields
-        self._append(to_json(line).encode() + b"\n")
+        self.append(line)
         return line
-
-    def close(self) -> None:
-        """Flush to the disk and close. Local.
-
-        Raises:
-            WriteError: lines are left that could not be written.
-        """
-        if self._file < 0:
-            return
-        self._append(b"")
-        try:
-            os.fsync(self._file)
-        except OSError as error:
-            log.warning("%s: %s", self.path, reason(error))
-        os.close(self._file)
-        self._file = -1
-        if self._pending:
-            raise WriteError(
-                f"{self.path}: {len(self._pending)} lines could not be written (disk full?); the "
-                "checkpoints are not affected"
-            )
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _append(self, data: bytes) -> None:
-        if data:
-            self._pending = [*self._pending[1 - _PENDING_LINES :], data]
-        if not self._pending:
-            return
-        block = b"".join(self._pending)
-        before = os.fstat(self._file).st_size
-        try:
-            written = os.write(self._file, block)
-            if written < len(block):
-                # A disk that fills up takes a part: half a line must not stay.
-                os.ftruncate(self._file, before)
-                raise OSError(28, os.strerror(28), str(self.path))
-        except OSError as error:
-            if not self._warned:
-                log.warning("%s: %s; lines wait in memory", self.path, reason(error))
-            self._warned = True
-        else:
-            self._pending, self._warned = [], False
-
-
-def to_json(line: Line) -> str:
-    """A line as JSON text: inf and NaN become null, their names go under `non_finite`. Local."""
-    odd = {k: v for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-    if odd:
-        texts = {key: str(value) for key, value in odd.items()}
-        line = {**line, **dict.fromkeys(odd), "non_finite": texts}
-    return json.dumps(line, allow_nan=False)
-
-
-def read(path: Path) -> Iterator[Line]:
-    """The lines of a record, in order, without an incomplete last line. Local.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-    """
-    with open(path, "rb") as file:
-        for raw in file:
-            line = _parse(raw)
-            if line is not None:
-                yield line
-
-
-def _parse(raw: bytes) -> Line | None:
-    if not raw.endswith(b"\n"):
-        return None
-    try:
-        line = json.loads(raw)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
-
-
-def _cut(path: Path, step: int) -> int:
-    """Drop lines of steps after `step` and damaged ones; how many."""
-    if not path.exists():
-        return 0
-    kept, dropped = [], 0
-    with open(path, "rb") as file:
-        for raw in file:
-            line = _parse(raw)
-            if line is not None and line.get("step", 0) <= step:
-                kept.append(raw)
-            else:
-                dropped += 1
-    if dropped:
-        write_durably(path, b"".join(kept))
-    return dropped

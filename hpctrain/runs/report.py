@@ -10,7 +10,7 @@ from hpctrain.errors import UsageError
 from hpctrain.runs import manifest
 from hpctrain.runs.durable import write_durably
 from hpctrain.runs.folder import RunFolder, cannot_write, log_path
-from hpctrain.runs.record import Line, read
+from hpctrain.runs.lines import Line, read
 from hpctrain.runs.status import Status, is_running, read_status
 
 _NEARBY = 8

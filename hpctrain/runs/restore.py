@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from hpctrain.errors import DataError
 from hpctrain.runs.manifest import REPLICATED, STATE, rank_name
 from hpctrain.runs.snapshot import decode
-from hpctrain.state import Pieces, Placed, Placement, Resize, Span, State, shard_bounds
+from hpctrain.state import Counter, Pieces, Placed, Placement, Resize, Span, State, shard_bounds
 
 
 def load(
@@ -32,28 +33,46 @@ def load(
         DataError: the old ranks' tensors do not fit together; names the tensor.
     """
     state = json.loads((folder / STATE).read_bytes())
-    parts: dict[str, State] = {}
-    for part, content in state["parts"].items():
-        counters = {name: decode(value) for name, value in content["counters"].items()}
-        parts[part] = State(counters=counters)
-        for name, entry in content["tensors"].items():
-            if entry["placement"] != "replicated":
-                continue
-            if size == state["size"] or entry["resize"] == "keep":
-                tensor = _read(folder / REPLICATED, f"{part}/{name}")
-                parts[part].tensors[name] = _placed(tensor, entry)
+    same = size == state["size"]
+    parts = {part: _replicated(folder, part, c, same) for part, c in state["parts"].items()}
     own = own or {}
-    replicas = own.get("replicas", State()).counters
+    before, now = (held.get("replicas", State()).counters for held in (parts, own))
     if size != state["size"]:
         found = _resized(folder, state["size"], rank, size)
     else:
-        same_replicas = replicas == parts.get("replicas", State()).counters
-        found = _same_size(folder, rank, size, same_replicas=same_replicas)
-    found |= _repieced(folder, state["size"], rank, own)
+        found = _same_size(folder, rank, size, same_replicas=now == before)
+    found |= _repieced(folder, state["size"], rank, own, _count(now) / _count(before))
     for key, placed in found.items():
         part, name = key.split("/", 1)
         parts.setdefault(part, State()).tensors[name] = placed
     return parts
+
+
+def load_part(folder: Path, part: str) -> State:
+    """One part alone, as a single rank would take it: the mean where replicas differ. Local.
+
+    `folder` as for `load`. Nothing else of the checkpoint is read.
+
+    Raises:
+        DataError: it has no such part, or the old ranks' tensors do not fit together.
+    """
+    written = json.loads((folder / STATE).read_bytes())
+    if part not in written["parts"]:
+        raise DataError(f"{folder / STATE}: has no part {part!r}: {', '.join(written['parts'])}")
+    state = _replicated(folder, part, written["parts"][part], same_size=written["size"] == 1)
+    for key, placed in _resized(folder, written["size"], 0, 1, part=part).items():
+        state.tensors[key.split("/", 1)[1]] = placed
+    return state
+
+
+def _replicated(folder: Path, part: str, content: dict[str, Any], same_size: bool) -> State:
+    """What rank 0 wrote of a part: its counters, and the tensors equal on all ranks."""
+    state = State(counters={name: decode(v) for name, v in content["counters"].items()})
+    for name, entry in content["tensors"].items():
+        if entry["placement"] == "replicated" and (same_size or entry["resize"] == "keep"):
+            tensor = _read(folder / REPLICATED, f"{part}/{name}")
+            state.tensors[name] = _placed(tensor, entry)
+    return state
 
 
 def _same_size(folder: Path, rank: int, size: int, *, same_replicas: bool) -> dict[str, Placed]:
@@ -69,24 +88,35 @@ def _same_size(folder: Path, rank: int, size: int, *, same_replicas: bool) -> di
     return found
 
 
-def _repieced(folder: Path, old_size: int, rank: int, own: dict[str, State]) -> dict[str, Placed]:
-    """The pieces this rank has now, of the sum of the old parties that come to its party."""
+def _count(replicas: Mapping[str, Counter]) -> int:
+    """How many replicas there are, by the counters of "replicas"; 1 where there are none."""
+    return len(set(str(replicas.get("of_rank", "0")).split()))
+
+
+def _repieced(
+    folder: Path, old_size: int, rank: int, own: dict[str, State], share: float
+) -> dict[str, Placed]:
+    """The pieces this rank has now, of the sum of the old parties that come to its party.
+
+    `share` are new replicas over old ones: what waits in a replica is an update of its own
+    parameters, and these start at the old replicas' mean.
+    """
     result = {}
     for part, state in own.items():
         for name, placed in state.tensors.items():
             if placed.pieces is not None:
                 key = f"{part}/{name}"
                 tables = [pieces_of(_table(folder, old).get(key, {})) for old in range(old_size)]
-                tensor = _assembled(folder, key, tables, rank, placed.pieces)
+                tensor = _assembled(folder, key, tables, rank, placed.pieces, share)
                 if tensor is not None:
                     result[key] = Placed(tensor, "pieces", "sum", placed.pieces)
     return result
 
 
 def _assembled(
-    folder: Path, key: str, old: list[Pieces | None], rank: int, pieces: Pieces
+    folder: Path, key: str, old: list[Pieces | None], rank: int, pieces: Pieces, share: float
 ) -> torch.Tensor | None:
-    if rank < len(old) and old[rank] == pieces:
+    if share == 1.0 and rank < len(old) and old[rank] == pieces:
         return _read(folder / f"{rank_name(rank)}.safetensors", key)
     if not any(old):
         return None
@@ -104,6 +134,7 @@ def _assembled(
             where = span.indices()
             total[where] += values[at : at + len(where)]
             at += len(where)
+    total *= share
     kept = len(pieces.spans) - pieces.spare
     parts = [total[span.indices()] for span in pieces.spans[:kept]]
     parts += [torch.zeros(len(span.indices())) for span in pieces.spans[kept:]]
@@ -120,7 +151,12 @@ def pieces_of(entry: dict[str, Any]) -> Pieces | None:
 
 
 def _resized(
-    folder: Path, old_size: int, rank: int, size: int, only: str | None = None
+    folder: Path,
+    old_size: int,
+    rank: int,
+    size: int,
+    only: str | None = None,
+    part: str | None = None,
 ) -> dict[str, Placed]:
     tables = [_table(folder, old) for old in range(old_size)]
     keys = dict.fromkeys(key for table in tables for key in table)
@@ -131,6 +167,8 @@ def _resized(
         if entry["resize"] == "reset" or entry["placement"] == "pieces":
             continue
         if only is not None and entry["placement"] != only:
+            continue
+        if part is not None and not key.startswith(f"{part}/"):
             continue
         if entry["placement"] == "shard":
             tensor = _recut(folder, key, entries, rank, size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hpctrain.errors import BackendError
-from hpctrain.runs.record import Line
+from hpctrain.runs.lines import Line
 
 _NOT_PLOTTED = {"kind", "time_s", "attempt", "step", "saved_step"}
 

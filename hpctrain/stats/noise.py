@@ -47,13 +47,13 @@ class NoiseEstimate:
     b_s: float
     """Of the ratio of averages; not to be used where it is not `resolved`."""
     low: float
-    """Lower end of the interval; where not resolved, a one-sided 95 % lower bound."""
+    """Lower end of the interval; where not resolved, a one-sided 95 % lower bound. At least 1."""
     high: float
     """Upper end; inf where not resolved."""
     resolved: bool
-    """Whether the mean gradient stands out of the noise."""
+    """Whether the mean gradient stands out of the noise, and clearly enough for a number."""
     s2: float
-    """Averages, in the units of the latest step."""
+    """Averages, in the units of the latest step; mu2 may be negative where not resolved."""
     mu2: float
     steps: int
     """Measured steps that the averages rest on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -74,12 +74,7 @@ class Rules:
 
     def state(self) -> State:
         """Local, after `settle`."""
-        whole = State()
-        for running in self._running:
-            part = running.rule.state()
-            whole.tensors |= {f"{running.name}.{n}": p for n, p in part.tensors.items()}
-            whole.counters |= {f"{running.name}.{n}": c for n, c in part.counters.items()}
-        return whole
+        return State.nested({running.name: running.rule.state() for running in self._running})
 
     def load_state(self, state: State) -> None:
         """Local.
@@ -88,13 +83,7 @@ class Rules:
             ConfigError: the state is of other rules.
         """
         for running in self._running:
-            prefix = f"{running.name}."
-            running.rule.load_state(
-                State(
-                    _below(prefix, state.tensors),
-                    _below(prefix, state.counters),
-                )
-            )
+            running.rule.load_state(state.below(running.name))
 
     def _run(self, phase: Phase, at: Moment) -> None:
         for running in self._running:
@@ -104,7 +93,3 @@ class Rules:
                 if rule.due(at):
                     rule.meet(at, running.payload.pack())
                     running.payload.unpack()
-
-
-def _below(prefix: str, named: Mapping[str, Value]) -> dict[str, Value]:
-    return {n.removeprefix(prefix): value for n, value in named.items() if n.startswith(prefix)}

@@ -154,8 +154,8 @@ class Levels:
         """Local. Rank -> group number, numbered by first appearance.
 
         Args:
-            rule: "node", "numa", "switch" (the one next to the node), "world", or "size:N": N
-                consecutive ranks each, the last group takes the rest.
+            rule: "node", "numa", "switch" (the one next to the node), "world", "size:N" or
+                "nodes:N": N consecutive ranks or nodes each, the last group takes the rest.
 
         Raises:
             UsageError: no such rule, or the level is unknown.
@@ -171,11 +171,13 @@ class Levels:
             above = self.switches.above
             if above is None or not all(above):
                 why = self.switches.reason or "not every node has a switch"
-                raise UsageError(f'groups by "switch": {why}; use node, world or size:N')
+                raise UsageError(f'groups by "switch": {why}; use node, nodes:N, world or size:N')
             return numbered(above)
         word, _, number = rule.partition(":")
-        if word == "size" and number.isdigit() and int(number) > 0:
-            return tuple(rank // int(number) for rank in range(topology.size))
+        of_rank = {"size": range(topology.size), "nodes": topology.node_of}.get(word)
+        if of_rank is not None and number.isdigit() and int(number) > 0:
+            return tuple(place // int(number) for place in of_rank)
         raise UsageError(
-            f'groups by "{rule}": choose node, numa, switch, world or size:N, N ranks each'
+            f'groups by "{rule}": choose node, numa, switch, world, size:N (N ranks each) or '
+            "nodes:N (N nodes each)"
         )

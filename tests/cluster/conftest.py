@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,11 @@ def last_step(run: Path) -> int:
 
 def status(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
+
+
+def reach(slurm: Slurm, job: str, run: Path, step: int, limit_s: float = 90) -> None:
+    """Wait until a run has recorded a step."""
+    until = time.monotonic() + limit_s
+    while last_step(run) < step:
+        assert time.monotonic() < until, f"step {step} was not reached: {slurm.job(job)}"
+        time.sleep(0.1)

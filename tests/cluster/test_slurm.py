@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.conftest import SWITCHES, Site, last_step, status
+from tests.cluster.conftest import SWITCHES, Site, last_step, reach, status
 from tests.cluster.slurm import Slurm
 from tests.recorded import losses
 
@@ -26,14 +25,6 @@ def expected(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict
     found = losses(site.folder / "run")
     assert len(found) == STEPS
     return found
-
-
-def reach(slurm: Slurm, job: str, run: Path, step: int, limit_s: float = 90) -> None:
-    """Wait until a run has recorded a step."""
-    until = time.monotonic() + limit_s
-    while last_step(run) < step:
-        assert time.monotonic() < until, f"step {step} was not reached: {slurm.job(job)}"
-        time.sleep(0.1)
 
 
 def at_once(slurm: Slurm, job: str) -> None:

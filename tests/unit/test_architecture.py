@@ -30,11 +30,15 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"api", "drop_in"},
-    {"launch", "doctor"},
+    {"launch", "doctor", "appraisal", "calibrate"},
     {"train", "assemble"},
     {"session", "reconcile"},
-    {"config", "journal", "hardware", "place", "views"},
-    {"exchange", "sync", "batch", "regularise", "runs", "agreement"},
+    {"batch_control"},
+    {"measurement"},
+    {"meter"},
+    {"config", "journal", "hardware", "place", "views", "timing"},
+    {"exchange", "sync", "batch", "regularise", "runs", "agreement", "census"},
+    {"sketches", "throttle", "forms"},
     {
         "compress",
         "stats",
@@ -256,13 +260,14 @@ def loaded_by(*arguments: str) -> tuple[int, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "train --help", "--version", "check", "config", "schema"]
+    "command",
+    ["--help", "train --help", "diversity --help", "--version", "check", "config", "schema"],
 )
 def test_commands_of_a_login_node_load_no_mpi(command):
     code, loaded = loaded_by(*command.split())
     assert code == 0
     assert not loaded & {"mpi4py", "horovod"}
-    if command.startswith(("--", "train")):
+    if command.startswith(("--", "train", "diversity")):
         assert not loaded & {"torch", "numpy", "sklearn"}
 
 

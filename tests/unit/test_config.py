@@ -163,6 +163,58 @@ def test_impossible_combinations_are_refused(write):
     assert "autocast" in error_of(path, "train.autocast=bfloat16", "train.device=cpu")
 
 
+GROWING = ["batch.kind=goodput", "batch.batch_global=64", "batch.batch_max=512"]
+DIVERSE = ["batch.kind=divebatch", *GROWING[1:]]
+OWN_PACE = 'sync=[{kind = "average", unit = "total_steps"}]'
+APART = ["exchange.kind=none", 'sync=[{kind = "average"}]']
+ADASCALE = ["lr.kind=adascale", "lr.reference_batch=64"]
+
+BATCH_CASES = [
+    (["batch.kind=goodput"], ["batch.batch_max is missing"]),
+    ([*GROWING, "batch.batch_max=63"], ["[batch]", "batch_max = 63 is below the start"]),
+    ([*GROWING, "batch.measure=off"], ["[batch]", "contradict"]),
+    (["batch.kind=goodputt"], ["batch.kind", 'did you mean "goodput"', "normtest"]),
+    ([*GROWING, "batch.delta=1"], ["unknown key batch.delta", "efficiency_floor"]),
+    ([*DIVERSE, "exchange.kind=topk"], ["divebatch", 'exchange.kind = "dense"', "goodput"]),
+    ([*DIVERSE, *APART], ["divebatch", 'exchange.kind = "dense"']),
+    ([*DIVERSE, "batch.estimator=oracle", *APART], ["divebatch", 'exchange.kind = "dense"']),
+    ([*DIVERSE, "batch.rescale_lr=true", "lr.kind=linear", "lr.reference_batch=64"],
+     ["rescale_lr", 'lr.kind = "linear"']),
+    ([*GROWING, "exchange.kind=none", OWN_PACE], ["own pace", 'batch.kind = "fixed"']),
+    ([*GROWING, "train.steps=9", "lr.schedule=cosine"], ["train.steps", "train.samples"]),
+    ([*ADASCALE, "batch.measure=off"], ["adascale", "drop measure"]),
+    ([*ADASCALE, "optimiser.kind=adamw"], ["adascale", 'lr.kind = "sqrt"']),
+    (["optimiser={momentum = 0.9, half_life_batch = 64}", "exchange.kind=topk"],
+     ["half_life_batch", 'exchange.gives = "gradient"']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "parts"), BATCH_CASES)
+def test_a_batch_policy_that_does_not_fit_is_refused(write, overrides, parts):
+    message = error_of(write(MINIMAL), *overrides)
+    for part in parts:
+        assert part in message, message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*GROWING, "exchange.kind=topk"],
+        [*GROWING, *APART],
+        [*GROWING, "train.steps=9"],
+        [*DIVERSE, "batch.rescale_lr=true"],
+        [*ADASCALE, *GROWING],
+        ["exchange.kind=none", OWN_PACE],
+        ["batch.kind=replay", "batch.plan=runs/old", "batch.measure=off", *ADASCALE],
+        ["optimiser={momentum = 0.9, half_life_batch = 64}"],
+    ],
+)
+def test_a_batch_policy_that_fits_reads_back_equal(write, overrides):
+    run = load(write(MINIMAL), overrides).run
+    assert load(write(to_toml(run), "again.toml")).run == run
+
+
 def test_two_mistakes_are_both_told(write):
     message = error_of(write(MINIMAL), "batch.batch_global=0", "lr.bass=1")
     assert len(message.splitlines()) >= 2

@@ -84,8 +84,9 @@ def test_groups() -> None:
     assert found.groups("node") == (0, 1, 0, 1, 2)
     assert found.groups("world") == (0,) * 5
     assert found.groups("size:2") == (0, 0, 1, 1, 2)
-    for wrong in ("size:0", "size:", "rack", "size:-1"):
-        with pytest.raises(UsageError, match="choose node, numa, switch, world or size:N"):
+    assert found.groups("nodes:2") == (0, 0, 0, 0, 1)
+    for wrong in ("size:0", "size:", "rack", "size:-1", "nodes:0", "nodes:x"):
+        with pytest.raises(UsageError, match="choose node, numa, switch, world, size:N"):
             found.groups(wrong)
     with pytest.raises(UsageError, match="not asked"):
         found.groups("switch")

@@ -87,7 +87,7 @@ def test_ranks_share_a_batch_and_some_may_have_none():
             batches.append(source.next(3))
     assert sorted(b.batch_local for b in batches) == [0, 1, 1, 1]
     empty = next(b for b in batches if b.batch_local == 0)
-    assert (empty.micro_batches, empty.batch_global) == ([], 3)
+    assert (empty.micro_batches, empty.batch_global) == ((), 3)
     assert [i for b in batches for i in numbers(b)] == numbers(loader(prefetch=0).next(3))
 
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hpctrain.batch import Fixed
-from hpctrain.batch.lr import LrConfig
+from hpctrain.batch.lr import LrConfig, adascale_gain
 
 N = 1000
 TOTAL = 10 * N
@@ -56,6 +55,37 @@ def test_scaling_with_the_batch(kind, factor):
         config["reference_batch"] = 32
         assert lr(config, 5000, batch=32) == 0.1
     assert lr(config, 5000, batch=128) == pytest.approx(0.1 * factor)
+
+
+@given(st.floats(1.0, 1e5), st.floats(1.0, 1e5), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
+def test_adascales_gain_is_the_ratio_of_second_moments(batch, reference, s2, mu2):
+    """E|g|² at the reference batch over E|g|² at the batch: the definition, with S = B / B0."""
+    expected = (s2 / reference + mu2) / (s2 / batch + mu2)
+    assert adascale_gain(batch, reference, s2 / mu2) == pytest.approx(expected, rel=1e-6)
+
+
+def test_adascales_gain_at_its_ends():
+    assert adascale_gain(32, 32, 700.0) == 1.0
+    assert adascale_gain(4096, 32, 0.0) == pytest.approx(1.0)
+    assert adascale_gain(4096, 32, math.inf) == 128.0
+    assert adascale_gain(4096, 32, 1e18) == pytest.approx(128.0)
+    assert adascale_gain(1e12, 32, 320.0) == pytest.approx(11.0)
+    assert adascale_gain(8, 32, math.inf) == 0.25
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "sqrt", "adascale", "stich"])
+def test_a_gain_multiplies_every_kind(kind):
+    config = {"kind": kind, "base": 0.3, "schedule": "cosine", "warmup_epochs": 0.1}
+    config |= {} if kind == "none" else {"reference_batch": 32}
+    config |= {"critical_batch": 50.0} if kind == "stich" else {}
+    table = LrConfig(**config)
+    plain = table.lr_at(5000, TOTAL, N, 64)
+    assert table.lr_at(5000, TOTAL, N, 64, gain=1.0) == plain
+    assert table.lr_at(5000, TOTAL, N, 64, gain=0.75) == pytest.approx(0.75 * plain)
+    if kind == "adascale":
+        assert plain == LrConfig(base=0.3, schedule="cosine", warmup_epochs=0.1).lr_at(
+            5000, TOTAL, N, 64
+        )
 
 
 def test_a_run_that_is_all_warmup_stays_finite():
@@ -109,6 +139,7 @@ def test_scaling_is_a_power_law(batch, reference, kind):
         {"base": 0.1, "reference_batch": 32},
         {"base": 0.1, "kind": "linear"},
         {"base": 0.1, "kind": "adascale"},
+        {"base": 0.1, "kind": "adascaled", "reference_batch": 32},
         {"base": 0.1, "warmup_epochs": 1.0, "warmup_samples": 10},
         {"base": 0.1, "final_fraction": 0.1},
         {"base": 0.1, "milestones": [1.0]},
@@ -127,14 +158,3 @@ def test_impossible_tables_are_refused(table):
 def test_a_validated_table_survives_dumping():
     config = LrConfig(base=0.1, schedule="cosine", warmup_epochs=1.0)
     assert LrConfig(**config.model_dump(exclude_none=True)) == config
-
-
-def test_fixed_batch_never_changes():
-    policy = Fixed(batch_global=96, micro_batch=16).build()
-    assert {policy.decide(s) for s in (0, 95, 10**9)} == {96}
-    state = policy.state()
-    assert (state.tensors, state.counters) == ({}, {})
-    policy.load_state(state)
-    for table in ({"batch_global": 0}, {"batch_global": 8, "micro_batch": 9}, {"micro_batch": 129}):
-        with pytest.raises(ValidationError):
-            Fixed(**table)

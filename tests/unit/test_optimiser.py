@@ -90,6 +90,89 @@ def test_momentum_equals_the_written_recursion():
         torch.testing.assert_close(optimiser.vectors["momentum_buffer"], v)
 
 
+BATCHES = [32, 32, 512, 64, 8, 128]
+
+
+def test_momentum_with_a_half_life_equals_the_written_recursion():
+    flat = FlatModel(make())
+    w, v = flat.params_P.clone(), torch.zeros(flat.n_params, dtype=torch.float64)
+    optimiser = Sgd(momentum=0.9, nesterov=True, half_life_batch=64).build(flat)
+    for step, (lr, batch) in enumerate(zip(RATES, BATCHES, strict=True)):
+        flat.zero_grad()
+        loss_of(flat.module, step).backward()
+        momentum = 0.9 ** (batch / 64)
+        v = momentum * v + flat.grads_P
+        w = w - lr * (flat.grads_P + momentum * v)
+        optimiser.step(lr, batch)
+        torch.testing.assert_close(flat.params_P, w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_with_a_half_life_equals_the_written_recursion(dtype):
+    """m and v are divided by the sums of the weights that their recursions give the gradients."""
+    flat = FlatModel(make(dtype))
+    decays_P = torch.cat(
+        [torch.full((p.numel(),), float(p.ndim >= 2)) for p in flat.module.parameters()]
+    )
+    w = flat.params_P.double()
+    m, v, weight_m, weight_v = torch.zeros_like(w), torch.zeros_like(w), 0.0, 0.0
+    optimiser = AdamW(betas=[0.9, 0.99], weight_decay=0.1, half_life_batch=64).build(flat)
+    for step, (lr, batch) in enumerate(zip(RATES, BATCHES, strict=True)):
+        flat.zero_grad()
+        loss_of(flat.module, step).backward()
+        g, b1, b2 = flat.grads_P.double(), 0.9, 0.99 ** (batch / 64)
+        m, weight_m = b1 * m + (1 - b1) * g, b1 * weight_m + (1 - b1)
+        v, weight_v = b2 * v + (1 - b2) * g**2, b2 * weight_v + (1 - b2)
+        w = w - lr * 0.1 * decays_P * w
+        w = w - lr * (m / weight_m) / ((v / weight_v).sqrt() + 1e-8)
+        optimiser.step(lr, batch)
+        tolerance = 1e-8 if dtype == torch.float64 else 2e-4  # torch counts t in float32
+        torch.testing.assert_close(flat.params_P.double(), w, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"),
+    [
+        (Sgd(momentum=0.9, half_life_batch=64), Sgd(momentum=0.9)),
+        (AdamW(half_life_batch=64), AdamW()),
+    ],
+)
+def test_at_the_batch_of_the_half_life_nothing_changes(config, plain):
+    flat = FlatModel(make())
+    optimiser = config.build(flat)
+    for step, lr in enumerate(RATES):
+        flat.zero_grad()
+        loss_of(flat.module, step).backward()
+        optimiser.step(lr, 64)
+    assert torch.equal(flat.params_P, train(plain, RATES)[0].params_P)
+    with pytest.raises(ValueError, match="batch of every update"):
+        optimiser.step(0.1)
+
+
+@pytest.mark.parametrize(
+    "config", [Sgd(momentum=0.9, half_life_batch=64), AdamW(half_life_batch=64, weight_decay=0.1)]
+)
+def test_a_half_life_goes_on_bitwise(config):
+    def run(flat, optimiser, steps):
+        for step in steps:
+            flat.zero_grad()
+            loss_of(flat.module, step).backward()
+            optimiser.step(RATES[step], BATCHES[step])
+        return flat, optimiser
+
+    whole_flat = FlatModel(make())
+    whole = run(whole_flat, config.build(whole_flat), range(6))[1]
+    half_flat = FlatModel(make())
+    half = run(half_flat, config.build(half_flat), range(3))[1]
+    fresh_flat = FlatModel(make(seed=9))
+    fresh = config.build(fresh_flat)
+    fresh_flat.load_state(half_flat.state())
+    fresh.load_state(half.state())
+    run(fresh_flat, fresh, range(3, 6))
+    assert torch.equal(fresh_flat.params_P, whole_flat.params_P)
+    assert fresh.state().counters == whole.state().counters == {"steps": 6, "samples": sum(BATCHES)}
+
+
 def test_a_zero_rate_changes_nothing_but_the_memory():
     flat = FlatModel(make())
     before = flat.params_P.clone()
@@ -162,6 +245,8 @@ def test_short_gradients_are_not_touched_and_no_clipping_gives_no_norm():
     [
         {"kind": "sgd", "nesterov": True},
         {"kind": "sgd", "momentum": 1.0},
+        {"kind": "sgd", "half_life_batch": 64},
+        {"kind": "adamw", "half_life_batch": 0},
         {"kind": "sgd", "betas": [0.9, 0.99]},
         {"kind": "adamw", "betas": [0.9]},
         {"kind": "adamw", "betas": [0.9, 1.0]},

@@ -13,7 +13,8 @@ import pytest
 
 from hpctrain.errors import BackendError, WriteError
 from hpctrain.runs import environment, logs, record
-from hpctrain.runs.record import FIELDS, RecordConfig, Recorder, read, to_json
+from hpctrain.runs.lines import read, to_json
+from hpctrain.runs.record import FIELDS, RecordConfig, Recorder
 from hpctrain.runs.tensorboard import TensorBoard
 from hpctrain.transport.topology import Topology
 

@@ -152,6 +152,39 @@ def test_what_waits_is_conserved(first, before, second, after, keys, tmp_path):
         assert np.isfinite(step_losses(tmp_path)).all()
 
 
+TWO_EACH = [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "before", "after", "share"),
+    [
+        (2, TWO_EACH, FOUR, 1.0),
+        (2, FOUR, [0, 0, 1, 2, 2, 3], 1.0),
+        (2, FOUR, [0, 1], 0.5),
+        (2, TWO_EACH, [0, 1, 1], 0.5),
+        (4, FOUR, TWO_EACH, 1.0),
+    ],
+)
+def test_what_waits_in_replicas_keeps_its_mean_over_them(nodes, before, after, share, tmp_path):
+    """Groups of nodes are the replicas; a new one starts at the mean of the old ones."""
+    groups = {"topology": {"groups": f"nodes:{nodes}"}, "sync": [{"kind": "leader", "every": 3}]}
+    start = tree(4, scope="group", algorithm="gather") | groups
+    train(start, before, tmp_path)
+    again = start | {"train": {"steps": 6}}
+    for name in ("residual", "velocity"):
+        expected = share * written(tmp_path, 4, name)
+        assert_equal_sums(loaded(again, after, tmp_path, name), expected)
+
+
+def test_the_same_ranks_in_one_group_instead_of_two(tmp_path):
+    groups = {"topology": {"groups": "nodes:2"}, "sync": [{"kind": "leader", "every": 3}]}
+    start = tree(4, scope="group", algorithm="gather") | groups
+    train(start, FOUR, tmp_path)
+    again = start | {"topology": {"groups": "nodes:4"}, "train": {"steps": 6}}
+    expected = 0.5 * written(tmp_path, 4, "residual")
+    assert_equal_sums(loaded(again, FOUR, tmp_path, "residual"), expected)
+
+
 def refused(tree: dict[str, Any], node_of: list[int], folder: Path) -> str:
     with pytest.raises(RankError) as caught:
         train(tree, node_of, folder, resume="auto")

@@ -1,0 +1,1 @@
+"""What `benchmarks.flagship` trains, counts and times."""

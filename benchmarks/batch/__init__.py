@@ -1,0 +1,1 @@
+"""Batch policies against each other, by time to a common target."""
