@@ -6,10 +6,10 @@ Steps and samples are counted unshaped, on threads of one process; the line t(B)
 that were timed on a virtual cluster (root; tests/cluster), and it is what the policy `goodput` is
 told. `shaped` repeats one training of it on the cluster, where it measures for itself.
 
-The start batch has 8 samples per rank. The target is the held-out loss that it reaches with a given
-number of samples, the mean over the seeds and the last 5 evaluations. A training arrives with the
-first of two evaluations in a row that are no worse. The step size is chosen for the start batch,
-on a seed of its own; all batches take it in proportion, for as long as nothing else is said.
+The start batch has 8 samples per rank. The target is the held-out loss that it has at a given
+number of samples, the mean over the seeds. Losses are averaged over the evaluations of a short span
+of samples, also when it comes to who has arrived. The step size is chosen for the start batch, on a
+seed of its own; all batches take it in proportion, where nothing else is said.
 
     python -m benchmarks.batch_policies lr     --log LOG [--tasks NAME ...]
     python -m benchmarks.batch_policies start  --log LOG

@@ -308,6 +308,103 @@ def decentralised(results: Path) -> Figure:
     return figure
 
 
+def replication(results: Path) -> Figure:
+    """B_S by copies against its closed form; efficiency by batch, with the batch expected."""
+    record = read(results / "replication.json")
+    title = f"{record['n']:,} samples, of which every r are equal"
+    figure, (bound, *curves) = panels_of(1, 3, (11, 3.6), title)
+    found = [record["closed_form"][str(copies)] for copies in record["copies"]]
+    bound.plot(
+        record["copies"], [one["expected"] for one in found], color=OTHERS, label="closed form"
+    )
+    bound.errorbar(
+        record["copies"],
+        [one["measured"] for one in found],
+        [one["deviation"] for one in found],
+        fmt=".",
+        color=OURS,
+        label="measured, deviation of one draw",
+    )
+    bound.set(xscale="log", yscale="log", xlabel="copies r", ylabel="B_S at the start")
+    bound.set_xticks(record["copies"], map(str, record["copies"]))
+    bound.set_yticks(ticks := [200, 300, 400, 600], map(str, ticks))
+    bound.minorticks_off()
+    bound.legend(fontsize=7, frameon=False)
+    for panel, name in zip(curves, ("least_squares", "fashion_mlp_finer"), strict=True):
+        case = record[name]
+        for place, copies in enumerate(record["copies"]):
+            one, color = case[str(copies)], f"C{place}"
+            panel.plot(
+                case["batches"],
+                one["efficiency"],
+                ".-",
+                color=color,
+                linewidth=1.2,
+                label=f"r = {copies}",
+            )
+            panel.plot([one["b80_expected"]], [record["enough"]], "v", color=color, markersize=7)
+        panel.axhline(record["enough"], color=LIMIT, linewidth=1)
+        panel.set(xscale="log", xlabel="batch", title=name.removesuffix("_finer").replace("_", " "))
+        panel.legend(fontsize=7, frameon=False)
+    curves[0].set_ylabel("efficiency; triangle: B80 expected")
+    return figure
+
+
+def critical_batch(results: Path) -> Figure:
+    """Iterations by batch and by delay beside the laws; hpctrain's rule beside the best step."""
+    record = read(results / "critical_batch.json")
+    title = "Interpolating least squares: iterations to 1/1000 of the first loss, best step size"
+    figure, (batches, delays, rules) = panels_of(1, 3, (12, 3.8), title)
+    shown = {"blocks": ("M = 31 at every w", OURS), "gaussian": ("Gaussian rows", INK)}
+    for name, (label, color) in shown.items():
+        problem = record["problems"][name]
+        noise = statistics.fmean(problem["M"]["at_target"])
+        for panel, other, law in (
+            (batches, "delay", lambda x, m=noise: 1 + m / x),
+            (delays, "batch", lambda x, m=noise: 1 + m + x),
+        ):
+            key = "batch" if other == "delay" else "delay"
+            rows = [r for r in problem["rows"] if r[other] == (0 if other == "delay" else 1)]
+            places = np.array([row[key] for row in rows], float)
+            counts = np.array([row["iterations"] for row in rows])
+            panel.plot(places, counts, "o", color=color, markersize=3)
+            curve = law(places)
+            scale = np.exp(np.log(counts.mean(1) / curve).mean())
+            panel.plot(places, scale * curve, color=color, linewidth=1, label=label)
+            panel.axvline(noise, color=color, linewidth=0.8, linestyle=":")
+    batches.set_xscale("log", base=2)
+    batches.set_title("lines: 1 + M/B; dotted: B = M", fontsize=10)
+    batches.set_xlabel("batch, no delay")
+    delays.set_title("lines: 1 + M + delay; dotted: delay = M", fontsize=10)
+    delays.set_xlabel("delay, one sample a step")
+    kinds = {"rule": ("from the best step at B = 1", LIMIT), "rule_from_theorem":
+             ("from 1 / (L (1 + M))", OURS), "rule_twice_the_delay":
+             ("the delay counted twice", INK)}  # fmt: skip
+    rows = [r for r in record["problems"]["blocks"]["rows"] if r["batch"] == 1]
+    for key, (label, color) in kinds.items():
+        found = [
+            (row["delay"], statistics.fmean(c / b for c, b in zip(row[key], row["iterations"],
+             strict=True))) for row in rows if None not in row[key]
+        ]  # fmt: skip
+        rules.plot(*np.array(found).T, "o-", color=color, markersize=3, linewidth=1, label=label)
+        lost = [row["delay"] for row in rows if None in row[key]]
+        rules.plot(lost, [6.5] * len(lost), "x", color=color)
+    for panel in (delays, rules):
+        panel.set_xscale("symlog", base=2, linthresh=2)
+        panel.set_xticks(ticks := [0, 2, 8, 32, 128], map(str, ticks))
+        panel.set_xlim(-0.3, 340)
+    rules.set(xlabel="delay, one sample a step", yscale="log", ylim=(0.9, 7.5))
+    rules.set_yticks(ticks := [1, 1.5, 2, 3, 4, 6], map(str, ticks))
+    rules.minorticks_off()
+    rules.set_title('[lr] "stich", M = 31, over best; x: diverges', fontsize=10)
+    for panel in (batches, delays):
+        panel.set_yscale("log")
+    batches.set_ylabel("iterations")
+    for panel in (batches, delays, rules):
+        panel.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def batch_policies(results: Path) -> Figure:
     """Per task: seconds to the target by fixed batch and by policy; the policy's batches."""
     tasks = read(results / "batch_policies.json")["tasks"]
@@ -377,6 +474,34 @@ def flagship(results: Path) -> Figure:
     return figure
 
 
+def noise_scale(results: Path) -> Figure:
+    """The measured B_S, and DiveBatch's, over the whole training set's."""
+    problems = read(results / "noise_scale.json")["problems"]
+    title = "Measured B_S over the whole training set's: median and range of all trials"
+    figure, panels = panels_of(1, len(problems), (12, 3.2), title, sharey=True)
+    kinds = {
+        "over_truth": (OURS, "groups, where resolved"),
+        "divebatch_over_truth": (LIMIT, "DiveBatch"),
+    }
+    for panel, (name, found) in zip(panels, problems.items(), strict=True):
+        panel.axhspan(0.5, 2.0, color=OTHERS, alpha=0.35, linewidth=0)
+        for aside, (key, (color, label)) in zip((-0.08, 0.08), kinds.items(), strict=True):
+            for place, point in enumerate(found["checkpoints"]):
+                if spread := point.get(key):
+                    panel.plot([place + aside] * 2, [spread["min"], spread["max"]], color=color)
+                    dot = (place + aside, spread["median"])
+                    panel.plot(*dot, "o", color=color, markersize=4, label=label)
+                    label = "_"
+        ticks = [f"{p['step']}\n{p['resolved']:.0%}" for p in found["checkpoints"]]
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.set_xlim(-0.5, len(ticks) - 0.5)
+        panel.set_yscale("log")
+        panel.set_xlabel("step; trials resolved")
+        panel.set_title(f"{name}, B = {found['batch']}", fontsize=10)
+    panels[0].legend(fontsize=7, frameon=False, loc="upper left")
+    return figure
+
+
 def read(path: Path) -> Record:
     record: Record = json.loads(path.read_text())
     return record
@@ -394,7 +519,10 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "non_iid": non_iid,
     "decentralised": decentralised,
     "flagship": flagship,
+    "replication": replication,
+    "critical_batch": critical_batch,
     "batch_policies": batch_policies,
+    "noise_scale": noise_scale,
 }
 
 

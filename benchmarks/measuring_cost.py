@@ -3,9 +3,10 @@
     python -m benchmarks.measuring_cost --data DIR [--ranks 2] [--steps 120] --out FILE.json
 
 Per model and batch two jobs under mpirun that differ in `batch.measure` alone. The cost is what
-timers around the added code say (`measure_share` of metrics.jsonl, the median over its lines), as a
-share of a step. Bytes are the run's, the sum over ranks; memory is the largest resident set of any
-rank. Losses must be equal to the last bit: what is measured is not changed.
+timers around the added code say (`measure_share` of metrics.jsonl, the median over the second half
+of its lines), as a share of a step; `every` is how many steps apart measured steps are by then.
+Bytes are the run's, the sum over ranks; memory is the largest resident set of any rank. Losses must
+be equal to the last bit: what is measured is not changed.
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ def run(name: str, per_rank: int, measure: str, args: argparse.Namespace) -> dic
         lines = [json.loads(line) for line in text.splitlines()]
         steps = [line for line in lines if line["kind"] == "step"]
         largest = max(int(path.read_text()) for path in Path(folder).glob("rss.*"))
-    later = [line for line in steps if line["step"] > args.steps // 4]
+    later = [line for line in steps if line["step"] > args.steps // 2]
     shares = [line["measure_share"] for line in later if line["measure_share"]]
     return {
         "losses": [line["loss"] for line in steps],
         "step_s": statistics.median(line["step_s"] for line in later),
         "bytes": sum((line["bytes_sent_intra"] or 0) for line in later),
         "share": statistics.median(shares) if shares else None,
+        "every": later[-1]["measure_every"],
         "rss_bytes": largest,
     }
 
@@ -88,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -101,6 +103,7 @@ def main() -> None:
                     "model": name,
                     "samples_per_rank": per_rank,
                     "share": on["share"],
+                    "every": on["every"],
                     "limit": limit,
                     "within_limit": on["share"] <= limit,
                     "step_s": {"off": off["step_s"], "auto": on["step_s"]},

@@ -19,6 +19,7 @@ from hpctrain.data.spec import DataSets
 from hpctrain.errors import ConfigError
 from hpctrain.hardware import choose_device, choose_threads
 from hpctrain.models.flat import FlatModel
+from hpctrain.place import agree_on
 from hpctrain.randomness import RandomState
 from hpctrain.runs import manifest, restore
 from hpctrain.stats.diversity import Diversity, Moments
@@ -86,7 +87,7 @@ def appraise(
         NonFinite: a gradient is inf or NaN.
     """
     run, comm = loaded.run, world.comm
-    found = _agree(checkpoint, comm)
+    found = None if checkpoint is None else agree_on(checkpoint, comm)
     device = choose_device(run.train.device, comm)
     choose_threads(run.train.threads, comm)
     data = run.data.load(comm.node(), run.seed)
@@ -126,18 +127,6 @@ def _measured(
         rank=rank,
         rank_samples=of_rank if rank is not None else 0,
     )
-
-
-def _agree(checkpoint: Path | None, comm: Communicator) -> manifest.Found | None:
-    """Collective. Rank 0 looks and verifies; all ranks take what it found."""
-    if checkpoint is None:
-        return None
-    payload = None
-    if comm.rank == 0:
-        found = manifest.named(checkpoint)
-        payload = json.dumps([str(found.path), found.step, found.size]).encode()
-    path, step, size = json.loads(comm.broadcast_bytes(payload, root=0))
-    return manifest.Found(Path(path), step, size)
 
 
 def _restore(flat: FlatModel, found: manifest.Found) -> None:

@@ -129,9 +129,7 @@ def open_session(loaded: Loaded, world: World, options: Options) -> Iterator[Ses
         order = SampleOrder(len(train), run.seed, comm.rank, comm.size, shards, replicas.ranks)
         rules = make_rules(run, replicas, scopes, comm, flat, optimiser, data.spec, probe)
         clock.own_pace = order.own_pace = rules.own_pace
-        measurement = Measurement.of(
-            run, comm, flat, replicas.count, n_samples=len(train), own_pace=rules.own_pace
-        )
+        measurement = Measurement.of(run, comm, flat, replicas.count, own_pace=rules.own_pace)
         batch = BatchControl(
             run.batch,
             run.lr,

@@ -8,17 +8,21 @@ and can be replayed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from hpctrain.batch import BatchConfig, Decision, Seen, StepTimes
 from hpctrain.batch.lr import LrConfig, adascale_gain
+from hpctrain.batch.policy import LOSSES
 from hpctrain.batch.times import TimesFit
 from hpctrain.clock import Clock
 from hpctrain.control import Sums
 from hpctrain.measurement import Measurement
 from hpctrain.models.flat import FlatModel
-from hpctrain.state import State
+from hpctrain.state import Placed, State
 from hpctrain.stats.epoch import EpochDiversity
 from hpctrain.stats.noise import GroupSums, NoiseEstimate
 
@@ -74,6 +78,7 @@ class BatchControl:
         self._held: Decision | None = None
         self._times = TimesFit()
         self._told = Sums()
+        self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES)
         self._fixed_times: StepTimes | None = None
         self._epoch = None
         if "epoch" in config.needs:
@@ -111,11 +116,15 @@ class BatchControl:
             sum_sq = sums.samples * sums.mean_sq + (sums.samples - 1.0) * s2
             self._epoch.add(sum_sq, round(sums.samples), self._flat.grads_P)
 
-    def hear(self, sums: Sums) -> None:
-        """Local. Take in what all ranks have spent so far: the times of steps."""
+    def hear(self, step: int, sums: Sums) -> None:
+        """Local. Take in what all ranks said after `step` steps: losses, and the times of steps."""
         told, self._told = self._told, sums
         timed = sums.steps_timed - told.steps_timed
-        if "times" not in self._config.needs or timed <= 0:
+        if "times" not in self._config.needs:
+            return
+        if sums.samples:
+            self._losses.append((step, sums.loss / sums.samples))
+        if timed <= 0:
             return
         samples = (sums.samples_timed - told.samples_timed) * self._ranks / timed
         if self._held and abs(samples / self._held.batch_global - 1.0) < _ALIKE:
@@ -138,6 +147,7 @@ class BatchControl:
         if self._epoch is not None:
             parts["epoch"] = self._epoch.state()
         whole = State.nested(parts)
+        whole.tensors["losses"] = Placed(torch.tensor(list(self._losses), dtype=torch.float64))
         whole.counters |= {"ranks": self._ranks, "epochs": self._epochs}
         if self._held is not None:
             whole.counters |= {"batch_global": self._held.batch_global, "gain": self._held.gain}
@@ -156,6 +166,8 @@ class BatchControl:
         if self._epoch is not None:
             self._epoch.load_state(state.below("epoch"))
         self._epochs = int(counters["epochs"] or 0)
+        self._losses.clear()
+        self._losses.extend((int(s), loss) for s, loss in state.tensors["losses"].tensor.tolist())
         if "batch_global" in counters:
             batch, gain = counters["batch_global"], counters["gain"]
             self._held = Decision(int(batch or 0), float(gain or 0.0))
@@ -171,6 +183,7 @@ class BatchControl:
             latest=self._measurement.latest,
             times=self._fixed_times or self._times.times,
             epoch_diversity=self._epoch_b_s,
+            losses=tuple(self._losses),
             splits=self._measurement.form == "pieces",
         )
 

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from hpctrain import __version__
+from hpctrain.commands.calibrate import calibrate
 from hpctrain.commands.container import app as container
 from hpctrain.commands.diversity import diversity
 from hpctrain.commands.doctor import doctor, topology
@@ -186,6 +187,7 @@ def logs(
 
 
 app.command()(submit)
+app.command()(calibrate)
 app.command()(diversity)
 app.command()(doctor)
 app.command()(topology)

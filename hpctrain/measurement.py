@@ -1,7 +1,7 @@
 """Measures the gradient noise of a run while it trains, in the form that `forms.py` chooses.
 
 What is measured is the gradient of the data: before compression, clipping, decay and penalties.
-The time spent is measured too; where it is over 3 % of a step, every second, fourth, ... step is
+The time spent is measured too; where it is over 1 % of a step, every second, fourth, ... step is
 measured, unless `batch.measure = "on"` asks for all of them. The seconds of the halves on steps
 that are split count as computing.
 """
@@ -45,8 +45,6 @@ class Measurement:
         comm: All ranks.
         flat: The model.
         seed: Of the sketches; equal on all ranks.
-        population: Samples of the training set, where each step draws from them without
-            replacement and without change; None else.
         sketch_every: Measured steps from one sketch to the next.
         throttled: Whether to measure less often where it costs too much.
     """
@@ -59,10 +57,9 @@ class Measurement:
         flat: FlatModel,
         replicas: int,
         *,
-        n_samples: int,
         own_pace: bool,
     ) -> Measurement:
-        """Collective. As a run on so many training samples needs it.
+        """Collective. As a run needs it.
 
         Raises:
             ConfigError: it is needed and cannot be had.
@@ -80,7 +77,6 @@ class Measurement:
             comm,
             flat,
             run.seed,
-            population=None if getattr(run.data, "augment", "none") != "none" else n_samples,
             sketch_every=4 if replicas == 1 else 8,
             throttled=run.batch.measure == "auto" and "epoch" not in run.batch.needs,
         )
@@ -92,7 +88,6 @@ class Measurement:
         flat: FlatModel,
         seed: int,
         *,
-        population: int | None = None,
         sketch_every: int = 4,
         throttled: bool = True,
     ) -> None:
@@ -104,7 +99,8 @@ class Measurement:
         self._sketch: Sketch | None = None
         self._arrived: GroupSums | None = None
         self._measuring = False
-        self._average = NoiseAverage(population)
+        self._average = NoiseAverage()
+        self._skew: DataSkew | None = None
         self._looks: deque[tuple[float, float]] = deque(maxlen=_LOOKS)
         """(noise between ranks, noise inside them) of the last looks inside."""
         self._throttle = Throttle()
@@ -122,11 +118,6 @@ class Measurement:
         found = self._average.estimate()
         self._meter.seconds += time.perf_counter() - began
         return found
-
-    def skew(self) -> DataSkew | None:
-        """Whether ranks see unlike data; None before enough looks. Local, equal on all ranks."""
-        between_n, inside_n = np.array(self._looks).reshape(-1, 2).T
-        return data_skew(between_n, inside_n)
 
     def begin(self, step: int, batch: Batch) -> MicroBatches | tuple[()]:
         """A step begins; the micro-batches to take it in. Collective when a sketch ends."""
@@ -190,6 +181,7 @@ class Measurement:
         if self.form == "groups" and sums.pieces > groups:
             inside = within_ranks(sums.piece_weighted_sq, weighted_sq, sums.pieces, groups)
             self._looks.append((found.moments()[0], inside))
+            self._compare()
         return found
 
     def hear(self, sums: Sums) -> None:
@@ -214,14 +206,14 @@ class Measurement:
             "bs_high": estimate.high if estimate.resolved else None,
             "noise_s2": estimate.s2,
             "noise_mu2": estimate.mu2,
-            "data_skew": skew.ratio if (skew := self.skew()) else None,
+            "data_skew": self._skew.ratio if self._skew else None,
             "measure_share": self._throttle.share,
+            "measure_every": self._throttle.every,
         }
 
     def remarks(self) -> list[str]:
         """Warnings for people. Local."""
-        skew = self.skew()
-        if skew is None or not skew.skewed:
+        if self._skew is None or not self._skew.skewed:
             return []
         return [
             "gradients differ more between ranks than inside them: ranks do not see the same data "
@@ -243,11 +235,17 @@ class Measurement:
         self._average.load_state(state.below("average"))
         self._looks.clear()
         self._looks.extend((b, i) for b, i in state.tensors["looks"].tensor.tolist())
+        self._compare()
         self._throttle.every = int(state.counters["every"] or 1)
         arrived = state.below("arrived").counters
         self._arrived = (
             GroupSums(**{n: float(c or 0.0) for n, c in arrived.items()}) if arrived else None
         )
+
+    def _compare(self) -> None:
+        """Whether ranks see unlike data, as far as the looks tell."""
+        between_n, inside_n = np.array(self._looks).reshape(-1, 2).T
+        self._skew = data_skew(between_n, inside_n)
 
     def _take(self, found: GroupSums) -> None:
         self._average.add(found)

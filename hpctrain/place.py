@@ -81,6 +81,32 @@ def claimed(name: str, out: Path | None, resume: str, comm: Communicator) -> Ite
             _remove_unused(place.folder.path)
 
 
+def agree_on(path: Path, comm: Communicator) -> manifest.Found:
+    """Collective. The checkpoint that a person points at, as rank 0 finds and verifies it.
+
+    Raises:
+        UsageError: the path holds no checkpoint.
+        DataError: what is there cannot be used.
+    """
+    payload = None
+    if comm.rank == 0:
+        found = manifest.named(path)
+        payload = json.dumps([str(found.path), found.step, found.size]).encode()
+    where, step, size = json.loads(comm.broadcast_bytes(payload, root=0))
+    return manifest.Found(Path(where), step, size)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a path is, or that a checkpoint is in; None where it has no config.toml.
+
+    Local.
+    """
+    for folder in (path, *path.resolve().parents[:2]):
+        if RunFolder(folder).config.is_file():
+            return folder
+    return None
+
+
 def _remove_unused(path: Path) -> None:
     # A start that failed before its first file of substance leaves no empty run behind.
     if {entry.name for entry in path.iterdir()} <= {"logs"}:

@@ -152,7 +152,7 @@ class Session:
             self.clock.follow(heard.sums.steps_done, heard.sums.samples_done, self.comm.size)
             self.clock.seconds = heard.maxima.seconds
             self.measurement.hear(heard.sums)
-            self.batch.hear(heard.sums)
+            self.batch.hear(self.clock.step, heard.sums)
         if heard is not None and heard.sums.non_finite and not self.rules.mends:
             raise NonFinite(
                 f"the loss of {heard.sums.non_finite:g} update(s) up to step {self.clock.step} was "

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from hpctrain.control import Sums
 
-COST_LIMIT = 0.03
-"""Share of a step that measuring may take."""
+COST_LIMIT = 0.01
+"""Share of the time of steps that measuring may take."""
 
 
 @dataclass
@@ -32,7 +32,9 @@ class Throttle:
         spent_s = sums.measure_s - self._from.measure_s
         self.share = spent_s / max(sums.step_s - self._from.step_s, 1e-9)
         self._from = sums
+        cost = self.share * self.every  # of measuring every step
         if self.share > COST_LIMIT:
-            self.every *= 2
+            while cost > COST_LIMIT * self.every:
+                self.every *= 2
         elif self.every > 1 and self.share < COST_LIMIT / 4:
             self.every //= 2

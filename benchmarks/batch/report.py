@@ -10,7 +10,8 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.batch.cluster import fitted, timed
-from benchmarks.batch.runs import Case, Line, Log, arrival, chosen_lr, target_of
+from benchmarks.batch.runs import Case, Line, Log, chosen_lr, target_of
+from benchmarks.batch.target import arrival
 from benchmarks.batch.tasks import FIXED_START, SEEDS, TASKS, methods
 from benchmarks.machine import describe_machine
 from hpctrain.batch import StepTimes
@@ -92,7 +93,7 @@ def of_method(lines: Sequence[Line], target: float, times: StepTimes) -> Record:
     """Seconds to the target by seed; where it is not reached, those of the whole training."""
     rows = []
     for line in lines:
-        there = arrival(line, target)
+        there = arrival(line["curve"], TASKS[line["task"]].span, target)
         steps, samples = there or line["curve"][-1][:2]
         seconds = times.fixed_s * steps + times.per_sample_s * samples
         rows.append((seconds, steps, samples, there is not None))
@@ -169,7 +170,7 @@ def compare_final(log: Log, task: str, lr: float, times: StepTimes) -> Record | 
 
 def on_the_cluster(line: Line, times: StepTimes) -> Record:
     """A training that measured its own times: seconds to the target, and by the fitted line."""
-    there = arrival(line, line["target"])
+    there = arrival(line["curve"], TASKS[line["task"]].span, line["target"])
     if there is None:
         return {"reached": False}
     steps, samples = there

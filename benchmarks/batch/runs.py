@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import zlib
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.batch.target import level
 from benchmarks.batch.tasks import FIXED_START, TASKS, TUNING_SEED, Method, Task, Tree, methods
 from benchmarks.batch.train import train
 from hpctrain.batch import StepTimes
@@ -21,8 +23,6 @@ BEYOND = 3.0
 """A training that has not reached the target after so many budgets is given up."""
 START_BEYOND = 1.5
 """The same for the start batch, whose trainings are what the target is made of."""
-LAST = 5
-"""Evaluations that the target is the mean of."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Log:
         """The newest training of a case, with these times and up to this target or beyond it."""
         sign = fingerprint(case, times)
         for line in reversed(self.lines(case.what, case.task)):
-            if line["fingerprint"] == sign and line["target"] <= target:
+            whole = not line["target"]
+            alike = line["target"] <= target and line.get("span") == case.of_task.span
+            if line["fingerprint"] == sign and (whole or alike):
                 return line
         return None
 
@@ -103,8 +105,9 @@ def once(log: Log, case: Case, *, times: StepTimes | None = None, target: float 
     found = log.find(case, told, target)
     if found is None:
         ranks = case.of_method.ranks
-        found = vars(case) | {"fingerprint": fingerprint(case, told), "target": target}
-        found |= train(case.tree(), ranks, times=told, target=target)
+        until = {"target": target, "span": case.of_task.span}
+        found = vars(case) | {"fingerprint": fingerprint(case, told)} | until
+        found |= train(case.tree(), ranks, times=told, **until)
         log.append(found)
         print(
             f"{case.what} {case.task}: {case.method}, lr {case.lr:g}, seed {case.seed}: "
@@ -116,12 +119,10 @@ def once(log: Log, case: Case, *, times: StepTimes | None = None, target: float 
 
 
 def loss_at_budget(line: Line) -> float:
-    """Mean of the last evaluations within the budget; inf where it did not get so far."""
-    task = TASKS[line["task"]]
-    n = line["samples_per_epoch"] * task.epochs
-    within = [loss for _, samples, loss, _ in line["curve"] if samples <= n]
-    reached = line["curve"][-1][1] >= n
-    return statistics.fmean(within[-LAST:]) if reached else float("inf")
+    """The level of the loss at the budget; inf where the training did not get so far."""
+    task, curve = TASKS[line["task"]], line["curve"]
+    within = [point for point in curve if point[1] <= task.budget]
+    return level(within, task.span) if curve[-1][1] >= task.budget else math.inf
 
 
 def tuning(task: str) -> Iterator[Case]:
@@ -156,12 +157,3 @@ def target_of(log: Log, task: str, seeds: Sequence[int]) -> float:
     if len(losses) < len(seeds):
         raise LookupError(f"{task}: run the stage start first")
     return statistics.fmean(losses)
-
-
-def arrival(line: Line, target: float) -> tuple[int, int] | None:
-    """(steps, samples) at the first of two evaluations in a row that are at most the target."""
-    curve = line["curve"]
-    for this, following in zip(curve, curve[1:], strict=False):
-        if this[2] <= target and following[2] <= target:
-            return int(this[0]), int(this[1])
-    return None

@@ -25,6 +25,7 @@ class Task:
     title: str
     tables: Tree
     """An hpctrain configuration without seed, [lr] and [batch]."""
+    samples_per_epoch: int
     epochs: int
     """The sample budget: what the start batch has reached by then is the target."""
     every_epochs: float
@@ -35,10 +36,20 @@ class Task:
     """The sweep over fixed batches, START among them."""
     final: Tree = field(default_factory=dict)
     """Tables that differ in the trainings whose final accuracy is compared."""
-    final_epochs: int = 0
-    """Their length; 0: that of the budget."""
+
+    @property
+    def budget(self) -> int:
+        """In samples."""
+        return self.epochs * self.samples_per_epoch
+
+    @property
+    def span(self) -> float:
+        """Samples over which losses are averaged."""
+        return WINDOW * self.every_epochs * self.samples_per_epoch
 
 
+WINDOW = 5
+"""Evaluations apart: the span of samples over which losses are averaged."""
 SWEEP = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 TASKS = {
@@ -56,6 +67,7 @@ TASKS = {
             "model": {"kind": "logistic"},
             "optimiser": {"kind": "sgd"},
         },
+        samples_per_epoch=20_000,
         epochs=10,
         every_epochs=0.1,
         lrs=(0.01, 0.02, 0.04, 0.08),
@@ -76,7 +88,8 @@ TASKS = {
             "model": {"kind": "mlp", "widths": [96]},
             "optimiser": {"kind": "sgd"},
         },
-        epochs=10,
+        samples_per_epoch=20_000,
+        epochs=5,
         every_epochs=0.1,
         lrs=(0.0125, 0.025, 0.05, 0.1),
         sizes=SWEEP,
@@ -99,6 +112,7 @@ TASKS = {
                 "weight_decay": 5e-4,
             },
         },
+        samples_per_epoch=8_000,
         epochs=5,
         every_epochs=0.1,
         lrs=(0.005, 0.01, 0.02, 0.04),
@@ -117,6 +131,7 @@ TASKS = {
             "model": {"kind": "logistic"},
             "optimiser": {"kind": "sgd", "weight_decay": 1e-4},
         },
+        samples_per_epoch=32_561,
         epochs=6,
         every_epochs=0.06,
         lrs=(0.02, 0.05, 0.1, 0.2),

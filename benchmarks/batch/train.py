@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from benchmarks.batch.target import Point, level
 from hpctrain.assemble import Options, World, open_session
 from hpctrain.batch import StepTimes
 from hpctrain.config import Loaded, from_mapping
@@ -27,28 +28,36 @@ Tree = dict[str, Any]
 
 @dataclass
 class Arrival:
-    """In place of a run's requests to stop: stops it once two evaluations in a row are at most
-    `target`, and where one is HOPELESS times the first."""
+    """In place of a run's requests to stop: stops it at the target, and where an evaluation is
+    HOPELESS times the first one."""
 
     session: Session
     target: float
-    _seen: list[Mapping[str, float]] = field(default_factory=list)
+    span: float
+    _latest: Mapping[str, float] | None = None
+    _curve: list[Point] = field(default_factory=list)
 
-    HOPELESS = 100.0
+    HOPELESS: ClassVar[float] = 100.0
 
     def poll(self, save_s: float) -> int:
         """The reason to stop, as `signals.StopRequest.poll`. Local, equal on all ranks."""
-        results = self.session.results
-        if results and (not self._seen or self._seen[-1] is not results):
-            self._seen.append(results)
-        losses = [results["loss"] for results in self._seen]
-        there = len(losses) > 1 and max(losses[-2:]) <= self.target
-        lost = bool(losses) and not losses[-1] <= self.HOPELESS * losses[0]
+        clock, results = self.session.clock, self.session.results
+        if not results or results is self._latest:
+            return signals.NONE
+        self._latest = results
+        self._curve.append((clock.step, clock.samples, results["loss"]))
+        lost = not results["loss"] <= self.HOPELESS * self._curve[0][2]
+        there = level(self._curve, self.span) <= self.target
         return signals.STOP_FILE if there or lost else signals.NONE
 
 
 def train(
-    tree: Tree, ranks: int, *, times: StepTimes | None = None, target: float = 0.0
+    tree: Tree,
+    ranks: int,
+    *,
+    times: StepTimes | None = None,
+    target: float = 0.0,
+    span: float = 0.0,
 ) -> dict[str, Any]:
     """One training; what its record says.
 
@@ -56,7 +65,8 @@ def train(
         tree: The configuration.
         ranks: Threads, which compute one after the other.
         times: What a policy is told of the times of steps, in place of the threads' own.
-        target: Held-out loss at which it ends, once it is held twice in a row.
+        target: Held-out loss at which it ends.
+        span: Samples over which the loss is averaged for that.
 
     Returns:
         curve: (step, samples, loss, accuracy) of every evaluation; plan: the policy's decisions
@@ -69,7 +79,7 @@ def train(
         try:
             run_threads(
                 ranks,
-                lambda comm: one_rank(comm, loaded, folder, times, target),
+                lambda comm: one_rank(comm, loaded, folder, times, target, span),
                 only_waits=True,
             )
         except RankError as error:
@@ -82,11 +92,16 @@ def train(
 
 
 def one_rank(
-    comm: Communicator, loaded: Loaded, folder: Path, times: StepTimes | None, target: float
+    comm: Communicator,
+    loaded: Loaded,
+    folder: Path,
+    times: StepTimes | None,
+    target: float,
+    span: float,
 ) -> None:
     """Collective. What a rank does."""
     with open_session(loaded, World(comm), Options(out=folder)) as session:
-        session.stop = Arrival(session, target)  # type: ignore[assignment]
+        session.stop = Arrival(session, target, span)  # type: ignore[assignment]
         if times is not None:
             session.batch.fix_times(times)
         run_training(session)

@@ -7,9 +7,12 @@ At every look, with B the present batch and B_S = 1 + noise_scale_factor * (b_s 
                 delta * B_S + 1 with delta = 1 / efficiency_floor - 1: that of the largest goodput
     change    if goodput(candidate) / goodput(B) - 1 > min_gain also at the end of the interval of
                 B_S that speaks against it: the low end for a larger batch, the high end for a
-                smaller one. Where a larger candidate does not pass, the next smaller one is tried.
+                smaller one. Where a larger candidate does not pass, the next smaller is tried
     shrink    to the next smaller rung, whatever the gain, where even the high end gives B an
                 efficiency below `efficiency_floor`
+
+    retreat   where a growth turns out badly, by the noise or by the training loss: to the batch
+                before, and not again before twice as many samples (hpctrain/batch/retreat.py)
 
 So the estimate says where to, and its interval whether. An estimate that is not resolved says
 "B_S is at least low": the batch may grow to what that justifies, and never shrinks by it.
@@ -18,9 +21,8 @@ Times of one batch size make B_half too small (hpctrain/batch/times.py). Once in
 batch would stay and no other size was timed, the next steps take twice as many samples, a trial;
 the next look decides as if the batch had not changed, now with a slope.
 
-The first look is as soon as noise and times are known and the noise is resolved, or after
-`check_every` steps; after a change the next one is `cool_down_steps` steps later at the earliest,
-but the first resolved estimate is looked at at once.
+A look is due `check_every` steps after the last one, and `cool_down_steps` after a change; when the
+noise is resolved for the first time and the times are known, the next question is a look.
 
 Source: Qiao et al. 2021, "Pollux", OSDI: the objective, and a threshold of 5 %. Differences: the
 step time is a straight line, so that the best batch has a closed form (hpctrain/batch/planner.py);
@@ -40,18 +42,16 @@ from hpctrain.batch.looking import LookingPolicy
 from hpctrain.batch.planner import (
     best_batch,
     cap_of,
-    efficiency,
     floor_batch,
-    gain_of,
-    goodput,
     in_words,
     ladder,
     noise_facts,
-    percent,
     scaled,
     times_facts,
+    weigh,
 )
 from hpctrain.batch.policy import Decision, Facts, Seen, StepTimes
+from hpctrain.batch.retreat import Retreat
 from hpctrain.batch.table import AdaptiveTable, Need
 from hpctrain.state import State
 from hpctrain.stats.noise import NoiseEstimate
@@ -62,12 +62,14 @@ class Goodput(AdaptiveTable):
 
     kind: Literal["goodput"] = "goodput"
     """The policy."""
-    efficiency_floor: float = Field(default=0.25, gt=0.0, lt=1.0)
+    check_every: int = Field(default=5, ge=1)
+    """Steps between two looks."""
+    efficiency_floor: float = Field(default=0.1, gt=0.0, lt=1.0)
     """The batch stays where a sample brings at least this fraction of what it brings at batch 1.
-    0.5 is the critical batch, at which twice the fewest samples are needed; 0.25 three times it."""
+    0.5 is the critical batch, at which twice the fewest samples are needed."""
     min_gain: float = Field(default=0.05, ge=0.0)
     """Change only for a larger relative gain in goodput."""
-    cool_down_steps: int = Field(default=20, ge=0)
+    cool_down_steps: int = Field(default=5, ge=0)
     """Steps without another look after a change."""
     noise_scale_factor: float = Field(default=1.0, gt=0.0)
     """The critical batch is so many times the measured one, as `hpctrain calibrate` finds."""
@@ -99,15 +101,13 @@ class GoodputPolicy(LookingPolicy):
         """Whether there was a trial."""
         self.base: int | None = None
         """The batch before the trial under way."""
+        self.retreat = Retreat()
 
     def due(self, seen: Seen) -> bool:
         """Whether to look before this step. Local."""
         if seen.resolved and not self.resolved:
             return True
-        wait = self._table.check_every
-        if self.changed is not None and self.changed == self.looked:
-            wait = max(wait, self._goodput.cool_down_steps)
-        return seen.step - self.looked >= wait
+        return seen.step - self.looked >= self._table.check_every
 
     def decide(self, seen: Seen) -> Decision:
         """What the next step takes. Local."""
@@ -125,8 +125,26 @@ class GoodputPolicy(LookingPolicy):
             return self.kept("the times of a step are not known yet", facts)
         base, self.base = self.base or self.batch, None
         low, point, high = self._believed(noise)
-        target, gain, why = self._weigh(base, (low, point, high), times)
-        trial = target == base and self._worth_a_trial(base, low, times)
+        since = seen.step - (self.changed or 0)
+        sank, rose = self.retreat.sank(high), self.retreat.rose(seen.losses, since)
+        if self.retreat.mending(since):
+            return self.kept("it was gone back to lately, and mends", facts)
+        if sank or rose:
+            back = self.retreat.take_back(self.batch, seen.samples)
+            why = f"{in_words(noise)} is far below what the growth went by"
+            return self.moved(back, why if sank else "the loss rose", facts | {"action": "retreat"})
+        if self.changed is not None and since < self._goodput.cool_down_steps:
+            return self.kept("the last change is too recent", facts)
+        rungs = [rung for rung in self._rungs if self.retreat.allows(rung, seen.samples)]
+        target, gain, why = weigh(
+            base,
+            (low, point, high),
+            times,
+            rungs,
+            floor=self._goodput.efficiency_floor,
+            least=self._goodput.min_gain,
+        )
+        trial = target == base and 2 * base in rungs and self._worth_a_trial(base, low, times)
         if trial:
             self.tried, self.base = True, base
             target, why = 2 * base, f"a trial, to learn what a sample costs; {why}"
@@ -136,12 +154,14 @@ class GoodputPolicy(LookingPolicy):
         if target == self.batch:
             return self.kept(why, facts)
         facts["action"] = "trial" if trial else "grow" if target > self.batch else "shrink"
+        self.retreat.note(self.batch, target, low, seen.samples)
         return self.moved(target, why, facts)
 
     def state(self) -> State:
         """The batch, when it was looked at, what a trial knows, whether noise was resolved."""
         state = super().state()
         state.counters |= {"resolved": self.resolved, "tried": self.tried, "base": self.base}
+        state.counters |= State.nested({"retreat": self.retreat.state()}).counters
         return state
 
     def load_state(self, state: State) -> None:
@@ -150,6 +170,7 @@ class GoodputPolicy(LookingPolicy):
         self.batch = max((r for r in self._rungs if r <= self.batch), default=self._rungs[0])
         self.resolved = bool(state.counters.get("resolved"))
         self.tried = bool(state.counters.get("tried"))
+        self.retreat.load_state(state.below("retreat"))
         base = int(state.counters.get("base") or 0)
         self.base = base if base in self._rungs else None
 
@@ -159,38 +180,9 @@ class GoodputPolicy(LookingPolicy):
         factor = self._goodput.noise_scale_factor
         return scaled(noise.low, factor), scaled(point, factor), scaled(noise.high, factor)
 
-    def _weigh(
-        self, batch: int, b_s: tuple[float, float, float], times: StepTimes
-    ) -> tuple[int, float, str]:
-        """(the batch to take in place of `batch`, its gain, why)."""
-        low, point, high = b_s
-        floor, least = self._goodput.efficiency_floor, self._goodput.min_gain
-        smaller = [rung for rung in self._rungs if rung < batch]
-        if smaller and batch > floor_batch(high, floor):
-            share = percent(efficiency(batch, point))
-            why = f"a sample brings {share} at {batch}, less than {percent(floor)}"
-            return smaller[-1], gain_of(smaller[-1], batch, point, times), why
-        most = max(floor_batch(point, floor), batch)
-        reach = [r for r in self._rungs if batch / 2 <= r <= 4 * batch and r <= most]
-        wanted = max(reach, key=lambda rung: goodput(rung, point, times))
-        if wanted == batch:
-            return batch, 0.0, "nothing in reach is better"
-        tried = [r for r in self._rungs if batch < r <= wanted] or [wanted]
-        gains = {r: gain_of(r, batch, low if r > batch else high, times) for r in tried}
-        worth = [rung for rung in tried if gains[rung] > least]
-        if worth:
-            return worth[-1], gains[worth[-1]], f"gain {percent(gains[worth[-1]])}"
-        best = max(tried, key=lambda rung: gains[rung])
-        return (
-            batch,
-            gains[best],
-            f"gain {percent(gains[best])} of {best} is below {percent(least)}",
-        )
-
     def _worth_a_trial(self, batch: int, low: float, times: StepTimes) -> bool:
         efficient = 2 * batch <= floor_batch(low, self._goodput.efficiency_floor)
-        possible = 2 * batch in self._rungs and efficient
-        return times.from_one_size and not self.tried and possible
+        return times.from_one_size and not self.tried and efficient
 
     def _cap(self, batch: int, b_s: float, times: StepTimes) -> str | None:
         """Which bound keeps the batch from B*; None: none does."""

@@ -4,6 +4,7 @@
     p: kind = "none" 0, "linear" 1, "sqrt" 1/2
     kind = "stich": lr = base * (1 + M / reference_batch) / (1 + M / batch + delay) instead, with
     M = critical_batch and delay = exchange.delay: the same as "linear" far below M, flat above it
+    (with a delay, base at most 0.6 of the best step size without one: docs/studies)
     kind = "adascale": p = 0, and gain has the factor S * (B_simple + reference_batch) / (B_simple +
     batch), S = batch / reference_batch, B_simple the measured B_S - 1 (at least: the lower end of
     its interval, where it is not resolved): "linear" far below B_simple, flat above it

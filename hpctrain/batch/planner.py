@@ -17,6 +17,7 @@ form of B* is the argmax of Pollux's goodput for a straight-line step time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from hpctrain.batch.policy import Facts, StepTimes
 from hpctrain.batch.table import AdaptiveTable
@@ -110,3 +111,43 @@ def times_facts(b_s: float, times: StepTimes) -> Facts:
         "b_half": times.b_half,
         "b_star": best_batch(b_s, times),
     }
+
+
+def weigh(
+    batch: int,
+    b_s: tuple[float, float, float],
+    times: StepTimes,
+    rungs: Sequence[int],
+    *,
+    floor: float,
+    least: float,
+) -> tuple[int, float, str]:
+    """(the batch of `rungs` to take in place of `batch`, its gain, why). Local, pure.
+
+    Args:
+        batch: The present one.
+        b_s: Low end, best guess and high end of B_S.
+        times: Of a step.
+        rungs: Batches that may be taken, ascending.
+        floor: Smallest efficiency of a sample.
+        least: A gain worth a change.
+    """
+    low, point, high = b_s
+    smaller = [rung for rung in rungs if rung < batch]
+    if smaller and batch > floor_batch(high, floor):
+        share = percent(efficiency(batch, point))
+        why = f"a sample brings {share} at {batch}, less than {percent(floor)}"
+        return smaller[-1], gain_of(smaller[-1], batch, point, times), why
+    most = max(floor_batch(point, floor), batch)
+    reach = [r for r in rungs if batch / 2 <= r <= 4 * batch and r <= most]
+    wanted = max(reach, key=lambda rung: goodput(rung, point, times), default=batch)
+    if wanted == batch:
+        return batch, 0.0, "nothing in reach is better"
+    tried = [r for r in rungs if batch < r <= wanted] or [wanted]
+    gains = {r: gain_of(r, batch, low if r > batch else high, times) for r in tried}
+    worth = [rung for rung in tried if gains[rung] > least]
+    if worth:
+        return worth[-1], gains[worth[-1]], f"gain {percent(gains[worth[-1]])}"
+    best = max(tried, key=lambda rung: gains[rung])
+    why = f"gain {percent(gains[best])} of {best} is below {percent(least)}"
+    return batch, gains[best], why

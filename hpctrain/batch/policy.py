@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +31,10 @@ class StepTimes:
         return self.fixed_s / self.per_sample_s
 
 
+LOSSES = 64
+"""Training losses that a policy sees."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """What is known before a step."""
@@ -49,6 +54,8 @@ class Seen:
     epoch_diversity: float | None = None
     """n * Delta of the last whole epoch by DiveBatch's estimator, or its exact value at the end of
     that epoch, for the policy that asks for it."""
+    losses: Sequence[tuple[int, float]] = ()
+    """(step, mean training loss) of the last `LOSSES` times that ranks told it, oldest first."""
     splits: bool = False
     """Whether a single rank takes some shares in two passes to measure its noise."""
 

@@ -28,7 +28,7 @@ class BatchTable(Table):
     where the batch changes, the share of the start batch."""
     measure: Literal["auto", "on", "off"] = "auto"
     """Whether gradient noise is measured. "auto": where it costs neither a message nor a pass, and
-    where the policy decides by it; at fewer steps where it takes over 3 % of the time. "on":
+    where the policy decides by it; at fewer steps where it takes over 1 % of the time. "on":
     always and at every step, so that decisions by noise alone are the same in every run."""
     check_every: int = Field(default=10, ge=1)
     """Steps between two looks at what was measured."""

@@ -54,11 +54,13 @@ def diversity(
     from hpctrain.commands.diversity_table import show
     from hpctrain.config import load
     from hpctrain.errors import EXIT_COMPLETE, UsageError, WriteError
+    from hpctrain.place import run_of
     from hpctrain.runs.durable import reason, write_durably
 
     if json_ is not None and not json_.parent.is_dir():
         raise UsageError(f"--json {json_}: there is no folder {json_.parent}; make it first")
-    loaded = load(config or _config_beside(checkpoint), set_ or [])
+    run = None if checkpoint is None else run_of(checkpoint)
+    loaded = load(config or (run and run / "config.toml"), set_ or [])
 
     def body(world: World) -> None:
         found = appraise(loaded, world, checkpoint=checkpoint, samples=samples, rank_samples=erank)
@@ -74,13 +76,3 @@ def diversity(
     let_errors_speak()
     on_all_ranks(body)
     raise typer.Exit(EXIT_COMPLETE)
-
-
-def _config_beside(checkpoint: Path | None) -> Path | None:
-    """The configuration of the run that a checkpoint belongs to, where there is one."""
-    if checkpoint is None:
-        return None
-    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
-        if (folder / "config.toml").is_file():
-            return folder / "config.toml"
-    return None

@@ -48,13 +48,12 @@ def meaning(whole: Diversity, batch_global: int) -> list[str]:
             f"Not resolved: of the mean gradient of {whole.samples:,} samples, squared, more than "
             f"half is noise. B_S is about {_short(b_s)} or more; take more samples."
         ]
-    tenth = max(1, int(b_s / 10) + 1)
     return [
         "For SGD at these parameters, to first order: with a step size in proportion to the batch, "
         f"a step of B samples has 1 + (B - 1) / B_S times the second moment of B steps of one "
-        f"sample. Up to B = {tenth:,} that is 10 % more, and such scaling is safe; at B = "
-        f"{_short(b_s)} it is twice as much, and beyond that a larger batch hardly shortens the "
-        f"way. For this configuration's batch of {batch_global:,} it is "
+        f"sample. Up to B = {_short(1 + b_s / 10)} that is 10 % more, and such scaling is safe; at "
+        f"B = {_short(1 + b_s)} it is twice as much, and beyond that a larger batch hardly "
+        f"shortens the way. For this configuration's batch of {batch_global:,} it is "
         f"{1 + (batch_global - 1) / b_s:.3g}.",
         "B_S moves while a model trains, usually up. It says nothing about Adam, nor about how "
         "well the model will do on new data.",

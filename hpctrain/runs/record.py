@@ -64,7 +64,8 @@ FIELDS: dict[Kind, dict[str, tuple[str, str]]] = {
         "noise_s2": ("", "trace of the covariance of one sample's gradient"),
         "noise_mu2": ("", "squared length of the gradient without noise"),
         "data_skew": ("", "noise between ranks over noise inside them"),
-        "measure_share": ("", "share of a step's time that measuring the noise takes"),
+        "measure_share": ("", "share of the time of steps that measuring the noise takes"),
+        "measure_every": ("steps", "from one measured step to the next"),
     },
     "eval": {
         **_ALWAYS,

@@ -12,9 +12,10 @@ m_t      keeps early, large gradients from outweighing the later ones. It knows 
 B_t, K_t the variance of mu2_t is proportional to K / ((K - 1) B²) far below B_S and to 1 / B far
          above it; the weight stands between the inverses.
 window   The last 16, 32, 64, ..., 4096 steps, and all that are remembered. From the shortest on,
-         the first whose interval reaches over no more than a factor of NARROW is taken. A window
-         whose ratio lies outside the interval of a shorter one holds steps that no longer apply:
-         then the one before it is taken.
+         the first whose interval reaches over no more than a factor of NARROW is taken, and if
+         there is none, the one with the smallest error of mu2 / s2. A window whose ratio lies
+         outside the interval of a shorter one holds steps that no longer apply: it and all longer
+         ones are left out.
 lag      A window tells of its middle. The difference of its halves, as far as it stands out of
          their noise, is what B_S has moved since; the estimate moves by it and the interval is
          extended to contain both.
@@ -23,9 +24,9 @@ interval Fieller's, 90 %, over 16 blocks of equal weight (`interval.py`).
 Where mu2 does not stand out of the noise, or the interval reaches over more than a factor of
 WIDEST, the estimate is not `resolved`: it says "at least", with a one-sided 95 % bound.
 
-Samples drawn without replacement from a training set of n: the mean of a step's mu2_hat is then
-mu2 - s2_hat / n, that of its s2_hat n s2 / (n - 1), with both moments over the set. This is put
-right, so that at B = n the answer is that of the whole set.
+The steps of an epoch draw without replacement, and no correction is made for it. At parameters that
+do not depend on a fixed set of n samples, its own B_S would be n B_S / (n - 1 + B_S); those of a
+training do depend on it, and the uncorrected number is the nearer one there (docs/batch.md).
 
 Source: the moments, `noise.py`; the choice of the window, after Goldenshluger and Nemirovski 1997,
 "On spatially adaptive estimation of nonparametric regression", Math. Methods Stat. 6, who intersect
@@ -64,16 +65,8 @@ class NoiseAverage:
         skipped: sums left out because they were not finite.
     """
 
-    def __init__(self, population: int | None = None) -> None:
-        """Local.
-
-        Args:
-            population: Samples of the training set, if each step draws without replacement from
-                them; None for independent samples, and where augmentation makes each one new.
-        """
-        if population is not None and population < 2:
-            raise ValueError(f"population is {population}; noise needs two samples, or None")
-        self._population = population
+    def __init__(self) -> None:
+        """Local."""
         self._rows = np.zeros((2 * REMEMBERED, 3))
         """s2, mu2 and w of each step, oldest first."""
         self._end = 0
@@ -89,9 +82,6 @@ class NoiseAverage:
         if not (math.isfinite(s2) and math.isfinite(mu2)):
             self.skipped += 1
             return
-        if self._population is not None:
-            mu2 += s2 / self._population
-            s2 -= s2 / self._population
         if self._end == len(self._rows):
             self._rows[:REMEMBERED] = self._rows[REMEMBERED:]
             self._end = REMEMBERED
@@ -153,7 +143,7 @@ def windows(n: int) -> Places:
 
 
 def choose(ratio: Ratio, lengths: Places, unit: float) -> NoiseEstimate:
-    """The shortest window that is narrow enough, or the longest that still applies. Local, pure.
+    """The shortest window that is narrow enough, or else the surest. Local, pure.
 
     Args:
         ratio: s2 over mu2 in each window, shortest first.
@@ -171,8 +161,10 @@ def choose(ratio: Ratio, lengths: Places, unit: float) -> NoiseEstimate:
         here = b_s[window] if ratio.resolved[window] else at_least
         if not at_least <= here <= at_most or low[window] > at_most:
             break
-        taken = window
-        if high[window] <= NARROW * low[window]:
+        narrow = high[window] <= NARROW * low[window]
+        if narrow or ratio.error[window] < ratio.error[taken]:
+            taken = window
+        if narrow:
             break
         at_least, at_most = max(at_least, low[window]), min(at_most, high[window])
     resolved = bool(high[taken] <= WIDEST * low[taken])

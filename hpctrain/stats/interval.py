@@ -48,6 +48,8 @@ class Ratio:
     """Upper end; inf where not resolved."""
     resolved: NDArray[np.bool_]
     """Whether D stands out from zero."""
+    error: Array
+    """t * sd(D) / N: what the reciprocal of the ratio is known within."""
     shift: Array
     """Natural logarithm of the ratio: newer half of the window less older half, where it stands
     out of its scatter; see `shift_of`."""
@@ -109,7 +111,8 @@ def fieller(share: Array, top: Array, bottom: Array) -> Ratio:
         shift = np.where(
             resolved & (n > 0.0), shift_of(share, top / n[:, None] - bottom / d[:, None]), 0.0
         )
-    return Ratio(n, d, low, high, resolved, np.nan_to_num(shift))
+        error = np.where(n > 0.0, np.sqrt(v_dd) / n, np.inf)
+    return Ratio(n, d, low, high, resolved, np.nan_to_num(error, nan=np.inf), np.nan_to_num(shift))
 
 
 def shift_of(share: Array, log_ratio: Array) -> Array:

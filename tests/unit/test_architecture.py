@@ -30,7 +30,7 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"api", "drop_in"},
-    {"launch", "doctor", "appraisal"},
+    {"launch", "doctor", "appraisal", "calibrate"},
     {"train", "assemble"},
     {"session", "reconcile"},
     {"batch_control"},
@@ -260,13 +260,14 @@ def loaded_by(*arguments: str) -> tuple[int, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "train --help", "--version", "check", "config", "schema"]
+    "command",
+    ["--help", "train --help", "diversity --help", "--version", "check", "config", "schema"],
 )
 def test_commands_of_a_login_node_load_no_mpi(command):
     code, loaded = loaded_by(*command.split())
     assert code == 0
     assert not loaded & {"mpi4py", "horovod"}
-    if command.startswith(("--", "train")):
+    if command.startswith(("--", "train", "diversity")):
         assert not loaded & {"torch", "numpy", "sklearn"}
 
 

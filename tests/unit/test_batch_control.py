@@ -56,7 +56,7 @@ def test_an_interval_with_a_short_last_batch_counts_as_the_decided_one():
     made, sums = control(64), Sums()
     for short in (0, 3, 40):
         sums = told(sums, 16, 16 * 64 - short, 0.15)
-        made.hear(sums)
+        made.hear(1, sums)
     times = made._times.times
     assert times is not None
     assert (times.fixed_s, times.per_sample_s) == pytest.approx((0.05, 0.1 / 64))
@@ -67,7 +67,7 @@ def test_rare_meetings_are_part_of_what_every_step_costs():
     made, sums = control(64), Sums()
     for turn in range(8):
         sums = told(sums, 16, 16 * 64, 0.15, sync_s=3.2 if turn % 4 == 3 else 0.0)
-        made.hear(sums)
+        made.hear(1, sums)
     times = made._times.times
     assert times is not None
     fixed_s = times.fixed_s
