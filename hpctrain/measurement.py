@@ -224,8 +224,9 @@ class Measurement:
         """Local, after `settle`."""
         looks = torch.tensor(list(self._looks), dtype=torch.float64).view(-1, 2)
         counters: dict[str, Counter] = {"every": self._throttle.every}
-        if self._arrived is not None:
-            counters |= {f"arrived.{name}": value for name, value in asdict(self._arrived).items()}
+        for name, sums in (("arrived", self._arrived), ("latest", self.latest)):
+            if sums is not None:
+                counters |= {f"{name}.{key}": value for key, value in asdict(sums).items()}
         here = State({"looks": Placed(looks)}, counters)
         average = State.nested({"average": self._average.state()})
         return State(here.tensors | average.tensors, here.counters | average.counters)
@@ -237,10 +238,8 @@ class Measurement:
         self._looks.extend((b, i) for b, i in state.tensors["looks"].tensor.tolist())
         self._compare()
         self._throttle.every = int(state.counters["every"] or 1)
-        arrived = state.below("arrived").counters
-        self._arrived = (
-            GroupSums(**{n: float(c or 0.0) for n, c in arrived.items()}) if arrived else None
-        )
+        self._arrived = _group_sums(state.below("arrived"))
+        self.latest = _group_sums(state.below("latest"))
 
     def _compare(self) -> None:
         """Whether ranks see unlike data, as far as the looks tell."""
@@ -250,3 +249,8 @@ class Measurement:
     def _take(self, found: GroupSums) -> None:
         self._average.add(found)
         self.latest = found
+
+
+def _group_sums(state: State) -> GroupSums | None:
+    counters = {name: float(value or 0.0) for name, value in state.counters.items()}
+    return GroupSums(**counters) if counters else None

@@ -192,3 +192,15 @@ def test_divebatch_resizes_by_the_epoch(estimator, tmp_path):
     if estimator == "oracle":
         train(tree, 1, tmp_path / "one")
         assert plan(tmp_path / "one")[1]["batch_global"] == later[0]["batch_global"]
+
+
+def test_the_norm_test_by_single_steps_resumes_bitwise(tmp_path):
+    """It looks at the last measured step alone, which is part of a checkpoint."""
+    batch = {"kind": "normtest", "variant": "ddp", "eta": 0.9, "batch_global": 16}
+    tree = TREE | {"batch": batch | {"batch_max": 96, "check_every": 10, "measure": "on"}}
+    train(tree, 2, tmp_path / "whole")
+    assert len({line["batch_global"] for line in plan(tmp_path / "whole")}) > 1
+    train(tree | {"train": {"steps": 20}}, 2, tmp_path / "parts")
+    train(tree, 2, tmp_path / "parts", resume="auto")
+    assert plan(tmp_path / "parts") == plan(tmp_path / "whole")
+    assert parameters(tmp_path / "parts") == parameters(tmp_path / "whole")
