@@ -181,7 +181,7 @@ def lr_factor(rule: LrRule, multiple: int, batch: float, noise: NoiseEstimate | 
     if rule == "adascale" and multiple > 1:
         if noise is None or not noise.resolved:
             raise UsageError(
-                "--lr adascale: the run's B_S is not known; measure it with --set "
+                "--lr adascale: the run's B_S is not known, or not resolved; measure it with --set "
                 "batch.measure=on, or give linear, sqrt or none"
             )
         return adascale_gain(multiple * batch, batch, noise.b_s - 1.0)
