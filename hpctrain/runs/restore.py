@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 
-from hpctrain.errors import DataError
+from hpctrain.errors import ConfigError, DataError
 from hpctrain.runs.manifest import REPLICATED, STATE, rank_name
 from hpctrain.runs.snapshot import decode
 from hpctrain.state import Counter, Pieces, Placed, Placement, Resize, Span, State, shard_bounds
@@ -31,11 +31,17 @@ def load(
 
     Raises:
         DataError: the old ranks' tensors do not fit together; names the tensor.
+        ConfigError: it holds less than this hpctrain needs.
     """
     state = json.loads((folder / STATE).read_bytes())
     same = size == state["size"]
     parts = {part: _replicated(folder, part, c, same) for part, c in state["parts"].items()}
     own = own or {}
+    if missing := sorted(own.keys() - parts.keys()):
+        raise ConfigError(
+            f"{folder}: holds no state of {', '.join(missing)}: an earlier hpctrain wrote it. "
+            "Continue with that one, or start a new run"
+        )
     before, now = (held.get("replicas", State()).counters for held in (parts, own))
     if size != state["size"]:
         found = _resized(folder, state["size"], rank, size)

@@ -196,7 +196,7 @@ def test_divebatch_resizes_by_the_epoch(estimator, tmp_path):
 
 def test_the_norm_test_by_single_steps_resumes_bitwise(tmp_path):
     """It looks at the last measured step alone, which is part of a checkpoint."""
-    batch = {"kind": "normtest", "variant": "ddp", "eta": 0.9, "batch_global": 16}
+    batch = {"kind": "normtest", "variant": "ddp", "eta": 0.3, "batch_global": 16}
     tree = TREE | {"batch": batch | {"batch_max": 96, "check_every": 10, "measure": "on"}}
     train(tree, 2, tmp_path / "whole")
     assert len({line["batch_global"] for line in plan(tmp_path / "whole")}) > 1
