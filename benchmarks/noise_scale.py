@@ -70,15 +70,15 @@ TRAININGS = {
 }
 
 
-def train(training: Training, problem: Problem, seed: int) -> list[dict[str, Any]]:
-    """One training; what was measured at each checkpoint."""
+def train(training: Training, problem: Problem, seed: int) -> dict[str, Any]:
+    """One training: both sums of every step, and the whole set's moments near checkpoints."""
     batch, order = training.batch, torch.Generator().manual_seed(seed)
     params_P = problem.start(seed)
     per_epoch = problem.n // batch
-    average, ema = NoiseAverage(), np.zeros(2)
-    near = {at - before: at for at in training.checkpoints for before in NEAR}
-    moments: list[tuple[float, float]] = []
-    found, divebatch = [], None
+    near = {at - before for at in training.checkpoints for before in NEAR}
+    sums: list[tuple[float, float]] = []
+    moments: dict[int, tuple[float, float]] = {}
+    divebatch: dict[int, float] = {}
     for step in range(1, training.checkpoints[-1] + 1):
         place = (step - 1) % per_epoch
         if place == 0:
@@ -90,29 +90,39 @@ def train(training: Training, problem: Problem, seed: int) -> list[dict[str, Any
         squares += float(norms_KB.sum())
         total_P += batch * mean_P
         if place == per_epoch - 1:
-            divebatch = problem.n * squares / float(total_P @ total_P)
+            divebatch[step] = problem.n * squares / float(total_P @ total_P)
         weighted = batch / GROUPS * float((gradients_KP * gradients_KP).sum())
-        sums = GroupSums(GROUPS, batch, weighted, float(mean_P @ mean_P))
-        average.add(sums)
-        ema = EMA * ema + (1.0 - EMA) * np.array(sums.moments())
+        sums.append((weighted, float(mean_P @ mean_P)))
         params_P = params_P - training.lr * mean_P
         if step in near:
-            moments.append(truth(problem, params_P))
-        if step in training.checkpoints:
-            s2, mu2 = np.sum(moments, 0)
-            estimate = average.estimate()
-            assert estimate is not None
-            found.append(
-                {
-                    "step": step,
-                    "truth": 1.0 + s2 / mu2,
-                    "at_point": 1.0 + moments[-1][0] / moments[-1][1],
-                    "estimate": asdict(estimate),
-                    "averages": 1.0 + ema[0] / ema[1],
-                    "divebatch": divebatch,
-                }
-            )
-            moments = []
+            moments[step] = truth(problem, params_P)
+    return {"sums": sums, "moments": moments, "divebatch": divebatch}
+
+
+def evaluate(training: Training, trial: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the estimates say at each checkpoint, and the truth."""
+    average, ema, found = NoiseAverage(), np.zeros(2), []
+    for step, (weighted, mean_sq) in enumerate(trial["sums"], start=1):
+        sums = GroupSums(GROUPS, training.batch, weighted, mean_sq)
+        average.add(sums)
+        ema = EMA * ema + (1.0 - EMA) * np.array(sums.moments())
+        if step not in training.checkpoints:
+            continue
+        moments = [trial["moments"][str(step - before)] for before in NEAR]
+        s2, mu2 = np.sum(moments, 0).tolist()
+        epochs = [int(end) for end in trial["divebatch"] if int(end) <= step]
+        estimate = average.estimate()
+        assert estimate is not None
+        found.append(
+            {
+                "step": step,
+                "truth": 1.0 + s2 / mu2,
+                "at_point": 1.0 + moments[-1][0] / moments[-1][1],
+                "estimate": asdict(estimate),
+                "averages": float(1.0 + ema[0] / ema[1]),
+                "divebatch": trial["divebatch"][str(max(epochs))] if epochs else None,
+            }
+        )
     return found
 
 
@@ -124,7 +134,7 @@ def run(log: Path, root: Path, names: list[str], trials: int) -> None:
             continue
         problem = TRAININGS[name].load(root)
         for seed in wanted:
-            line = {"problem": name, "seed": seed, "found": train(TRAININGS[name], problem, seed)}
+            line = {"problem": name, "seed": seed} | train(TRAININGS[name], problem, seed)
             with open(log, "a") as out:
                 out.write(json.dumps(line) + "\n")
 
@@ -136,7 +146,7 @@ def read(log: Path) -> list[dict[str, Any]]:
 def summarise(log: Path) -> dict[str, Any]:
     problems = {}
     for name, training in TRAININGS.items():
-        trials = [one["found"] for one in read(log) if one["problem"] == name]
+        trials = [evaluate(training, one) for one in read(log) if one["problem"] == name]
         if not trials:
             continue
         by_checkpoint = [checkpoint(rows, training.n) for rows in zip(*trials, strict=True)]
@@ -163,7 +173,8 @@ def summarise(log: Path) -> dict[str, Any]:
 
 def covers(row: dict[str, Any], key: str) -> bool:
     estimate = row["estimate"]
-    return bool(estimate["low"] <= row[key] <= estimate["high"])
+    covered: bool = estimate["low"] <= row[key] <= estimate["high"]
+    return covered
 
 
 def is_near(row: dict[str, Any]) -> bool:
@@ -199,6 +210,8 @@ def checkpoint(rows: tuple[dict[str, Any], ...], n: int) -> dict[str, Any]:
     if resolved:
         result["over_truth"] = spread([row["estimate"]["b_s"] / row["truth"] for row in resolved])
         result["corrected_over_truth"] = spread([corrected(r, n) / r["truth"] for r in resolved])
+    if bounds:
+        result["bound_over_truth"] = spread([r["estimate"]["low"] / r["truth"] for r in bounds])
     if rows[0]["divebatch"] is not None:
         result["divebatch_over_truth"] = spread([row["divebatch"] / row["truth"] for row in rows])
     return result

@@ -318,6 +318,19 @@ def test_gradients_that_shrink_do_not_hold_it_back(seed):
     assert 1.0 + plain[0] / plain[1] < b_s_t[-1] / 10
 
 
+def test_a_bound_rests_on_the_steps_that_still_tell_most():
+    """Steps of another time, with a mean gradient a hundred times larger, do not lower it."""
+    rng = np.random.default_rng(12)
+    b_s_t = np.repeat([100.0, 10_000.0], [250, 250])
+    found = []
+    for _ in range(20):
+        found.append(estimate_of(drawn(rng, 1.0 / b_s_t, b_s_t, np.full(500, 64.0), dimension=30)))
+        assert found[-1].steps < 500
+    assert sum(one.low <= 10_000 <= one.high for one in found) >= 16
+    assert sum(one.resolved for one in found) <= 3
+    assert np.median([one.low for one in found]) > 1000
+
+
 def test_a_growing_batch_counts_for_more():
     rng = np.random.default_rng(9)
     b_s = 3000.0
