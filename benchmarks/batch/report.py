@@ -74,7 +74,8 @@ def of_task(log: Log, task: str) -> Record:
             found["methods"][name] = {"family": method.family} | of_method(ran, target, times)
     found["chosen"] = choices(found["methods"])
     ours = found["methods"].get(OURS)
-    if ours:
+    found["gains"] = {}
+    if ours and all(ours["reached"]):  # else it has no time to the target
         found["gains"] = {
             name: found["methods"][chosen]["mean_s"] / ours["mean_s"]
             for name, chosen in found["chosen"].items()
