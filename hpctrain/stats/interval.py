@@ -82,6 +82,7 @@ def cut(weight_n: Array, starts: Places) -> Places:
     first = reached[starts][:, None]
     wanted = first + (reached[-1] - first) * (np.arange(BLOCKS + 1) / BLOCKS)
     edges: Places = np.searchsorted((reached[1:] + reached[:-1]) / 2, wanted)
+    np.maximum(edges, starts[:, None], out=edges)  # steps without weight stand where the last did
     edges[:, 0], edges[:, -1] = starts, len(weight_n)
     return edges
 

@@ -145,9 +145,8 @@ def test_a_run_by_measured_times_is_replayed_bitwise(tmp_path):
     tree["train"] = {"epochs": 4}
     train(tree, 2, tmp_path / "first")
     decided = plan(tmp_path / "first")
-    assert len({line["batch_global"] for line in decided}) > 1
-    assert len({line["lr_gain"] for line in decided}) > 1
-    assert all(line["reason"] for line in decided[1:])
+    assert len(decided) > 3
+    assert all(line["reason"] for line in decided)
     tree["batch"] = {"kind": "replay", "plan": str(tmp_path / "first"), "batch_global": 8}
     tree["batch"]["micro_batch"] = 4  # what goodput takes: the share of the start batch
     train(tree, 2, tmp_path / "second")

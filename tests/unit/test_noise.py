@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpctrain.stats.average import FEWEST, REMEMBERED, NoiseAverage, mean_squares, windows
@@ -211,6 +211,7 @@ def test_a_denominator_within_its_noise_has_a_lower_end_only():
         assert off.mean() == pytest.approx(1.753 * off.std(ddof=1) / math.sqrt(BLOCKS))
 
 
+@example([1.0, 0.0, 0.0], 2)
 @given(
     st.lists(st.floats(0.0, 1e3), min_size=1, max_size=80).filter(any),
     st.integers(0, 79),
