@@ -34,10 +34,10 @@ def test_two_levels(comm: Communicator) -> None:
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("rule", ASYNCHRONOUS, ids=lambda rule: rule["kind"])
 def test_asynchronous_runs_end_together(rule, comm, rank_tmp_path):
-    tree = BASE | {"sync": [rule], "train": {"steps": 60}}
+    tree = BASE | {"sync": [rule], "train": {"steps": 120}}
     outcome = run_on(World(comm), from_mapping(tree), Options(out=rank_tmp_path / "run"))
     assert outcome.complete
-    assert outcome.step >= 60
+    assert outcome.step >= 120
     assert outcome.results["accuracy"] > 0.5
 
 

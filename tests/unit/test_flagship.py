@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hpctrain.assemble import Options, World, open_session
+from hpctrain.batch import StepTimes
 from hpctrain.config import Loaded, load
 from hpctrain.runs import manifest
 from hpctrain.train import run_training
@@ -57,6 +58,7 @@ def configured(epochs: float, *batch: str) -> Loaded:
 def train(loaded: Loaded, node_of: list[int], folder: Path, resume: str = "never") -> list[Ranks]:
     def rank(comm: Communicator) -> Ranks:
         with open_session(loaded, World(comm), Options(out=folder, resume=resume)) as session:
+            session.batch.fix_times(StepTimes(fixed_s=0.05, per_sample_s=1e-4))
             decided, ask = [], session.batch.next
 
             def following(clock: Any) -> Any:
