@@ -56,6 +56,8 @@ STRENGTHS = {
     "spectral": [1e-3, 1e-2, 1e-1],
     "wasserstein": [1e1, 1e2, 1e3],
 }
+DECAY = {"sgd": 1.0, "adamw": 100.0}
+"""weight_decay is this times the strength of `l2`: AdamW's acts apart from its moments."""
 Run = dict[str, Any]
 
 
@@ -73,13 +75,11 @@ class Penalised:
     """Optimiser and regularisers of a choice, on one model."""
 
     def __init__(self, choice: Choice, flat: FlatModel) -> None:
-        # The peer, l2 towards zero: with AdamW as is usual there, decoupled.
-        decay = choice.strength if choice.method == "l2" else 0.0
+        decay = choice.strength * DECAY[choice.optimiser] if choice.method == "l2" else 0.0
         self.optimiser: Optimiser
         if choice.optimiser == "sgd":
             self.optimiser = Sgd(momentum=0.9, weight_decay=decay).build(flat)
         else:
-            decay /= choice.lr  # its decay is multiplied by lr; l2 / lr spans the same range
             self.optimiser = AdamW(weight_decay=decay).build(flat)
         tables: dict[str, type[Spectral] | type[Wasserstein]]
         tables = {"spectral": Spectral, "wasserstein": Wasserstein}
@@ -233,7 +233,7 @@ def main() -> None:
         "setting": {
             "widths": WIDTHS, "images": IMAGES, "batch": BATCH, "epochs": EPOCHS, "tasks": TASKS,
             "last": LAST, "probe": PROBE, "tuning_seed": TUNING_SEED, "seeds": SEEDS, "lrs": LRS,
-            "strengths": STRENGTHS,
+            "strengths": STRENGTHS, "decay": DECAY,
         },
         "optimisers": {name: measure(trainings, name, SEEDS) for name in args.optimisers},
     }  # fmt: skip
