@@ -10,7 +10,7 @@
 #SBATCH --output=runs/fashion-1.job/slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=USR1@300
+#SBATCH --signal=B:USR1@300
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=4
 #SBATCH --cpus-per-task=16
@@ -28,7 +28,8 @@ failures=runs/fashion-1.job/failures  # a file with a number
 told=  # not empty: somebody ended the job
 launcher=
 # Both ask the ranks to save and stop; TERM (scancel, the time limit) for good.
-trap '[ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null' USR1
+asked=  # not empty: by the file STOP
+trap 'if [ -n "$launcher" ] && touch "$out/STOP"; then asked=yes; fi' USR1
 trap 'told=yes; kill -USR1 $$' TERM
 
 # Set-up. No `set -u` here: activation scripts often use variables that are not set.
@@ -93,7 +94,7 @@ case "$rc" in
         ;;
     75) # stopped early with a good checkpoint
         rm -f "$failures"
-        if [ -e "$out/STOP" ]; then
+        if [ -e "$out/STOP" ] && [ -z "$asked" ]; then
             echo "job $job: ended by hpctrain stop; submit the script again to go on"
             exit "$rc"
         fi

@@ -7,6 +7,7 @@
     stop:75     the same, and somebody asked with a STOP file
     kill        dies of SIGKILL in mid-training
     wait        trains until SIGUSR1 asks it to stop, then saves for a while and exits 75
+    file        the same, asked by a STOP file; dies of SIGUSR1
     qdel        asks PBS to delete its own job, and trains on
 """
 
@@ -32,11 +33,12 @@ case "$step" in
 stop:*) touch "$out/STOP"; exit "${step#stop:}" ;;
 kill) kill -9 $$ ;;
 wait) trap 'asked=yes' USR1 ;;
+file) ;;
 qdel) qdel "$PBS_JOBID" ;;
 *) exit "${step:-0}" ;;
 esac
 touch "$FAKE/training"
-while [ -z "${asked-}" ]; do sleep 0.02; done
+while [ -z "${asked-}" ] && [ ! -e "$out/STOP" ]; do sleep 0.02; done
 sleep 0.3
 exit 75
 """

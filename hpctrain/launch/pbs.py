@@ -43,6 +43,7 @@ def render(job: Job, site: Site) -> str:
                 *(_pals(job, site) if site.launcher == "mpiexec" else _mpirun(job, site)),
             ],
             walltime=('train+=(--walltime="$((limit_s - SECONDS))")',),
+            unless_asked="",
             requeue=(),
             chain=_chain(job),
         ),

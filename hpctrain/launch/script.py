@@ -55,6 +55,8 @@ class Parts:
     """Sets the array `launch`."""
     walltime: Sequence[str]
     """Adds the deadline to the array `train`."""
+    unless_asked: str
+    """Condition of bash, with && in front: it was not this script that wrote the STOP file."""
     requeue: Sequence[str]
     """Puts the same job back into the queue."""
     chain: Sequence[str]
@@ -269,7 +271,7 @@ def _after(job: Job, parts: Parts) -> list[str]:
         "        ;;",
         f"    {EXIT_STOPPED}) # stopped early with a good checkpoint",
         '        rm -f "$failures"',
-        '        if [ -e "$out/STOP" ]; then',
+        f'        if [ -e "$out/STOP" ]{parts.unless_asked}; then',
         '            echo "job $job: ended by hpctrain stop; submit the script again to go on"',
         '            exit "$rc"',
         "        fi",

@@ -4,6 +4,8 @@ Why a script looks as it does (measured on SLURM 22.05; read up to 24.11):
 
 - `--signal=USR1@N` reaches the ranks of srun; with mpirun only the batch shell (`B:`) may get it,
   which passes it on, since SLURM's own signal would go to all processes at once.
+- With a container, too, only the batch shell gets it, and asks the ranks by a STOP file: of
+  SIGUSR1 Apptainer's own processes between srun and a rank (--sharens) die, and the rank with them.
 - `scontrol requeue` ends the running job at once, so it is the last thing a script does.
 - srun takes the cores of a rank from its command line: whether it inherits them changed twice.
 - Without `--open-mode=append` a requeued job truncates its own log.
@@ -31,7 +33,7 @@ def render(job: Job, site: Site) -> str:
             numbers=(),
             start=(
                 "# Both ask the ranks to save and stop; TERM (scancel, the time limit) for good.",
-                """trap '[ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null' USR1""",
+                *_on_usr1(job),
                 "trap 'told=yes; kill -USR1 $$' TERM",
             ),
             begin=(
@@ -50,6 +52,7 @@ def render(job: Job, site: Site) -> str:
                 "# hpctrain reads SLURM_JOB_END_TIME, which SLURM sets from 23.02 on.",
                 '[ -n "${SLURM_JOB_END_TIME:-}" ] || train+=(--walltime="$((limit_s - SECONDS))")',
             ),
+            unless_asked=' && [ -z "$asked" ]' if job.container else "",
             requeue=(
                 'echo "job $job: back into the queue"',
                 'scontrol requeue "$job"  # the last action: SLURM now ends this script',
@@ -64,13 +67,22 @@ def render(job: Job, site: Site) -> str:
     )
 
 
+def _on_usr1(job: Job) -> list[str]:
+    if not job.container:
+        return ["""trap '[ -z "$launcher" ] || kill -USR1 "$launcher" 2>/dev/null' USR1"""]
+    return [
+        "asked=  # not empty: by the file STOP",
+        """trap 'if [ -n "$launcher" ] && touch "$out/STOP"; then asked=yes; fi' USR1""",
+    ]
+
+
 def log_name(job: Job) -> str:
     """File name of the log in the job's folder, with SLURM's own place-holders. Local, pure."""
     return "slurm-%A_%a.log" if job.array else "slurm-%j.log"
 
 
 def _directives(job: Job, site: Site) -> list[str]:
-    batch_only = "" if site.launcher == "srun" else "B:"
+    batch_only = "" if site.launcher == "srun" and not job.container else "B:"
     found = [
         f"--job-name={job.name}",
         f"--output={job.folder}/{log_name(job)}",

@@ -74,7 +74,7 @@ def test_the_flagship_is_stopped_and_goes_on_with_half_the_ranks(
     options += ["--after-stop", "exit", *(f"--set={text}" for text in settings)]
     job = site.submit("flagship.toml", *options, "--ranks-per-node", "2")
     reach(slurm, job, run, 48, limit_s=180)
-    slurm.call("scancel", "--signal=USR1", job)
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
     table, log = slurm.wait(job), site.log("runs/flagship", job)
     assert (table["JobState"], table["ExitCode"]) == ("FAILED", "75:0"), log
     assert "8 ranks on 4 nodes (2+2+2+2)" in log

@@ -95,7 +95,13 @@ def test_any_text_arrives_as_it_is_and_runs_nothing(
 def plain(job: Job) -> Job:
     """The same job with harmless texts: its directives must be the same."""
     return replace(
-        job, out="o", config="c", container="", settings=(), environment={}, command=("hpctrain",)
+        job,
+        out="o",
+        config="c",
+        container="i" if job.container else "",
+        settings=(),
+        environment={},
+        command=("hpctrain",),
     )
 
 

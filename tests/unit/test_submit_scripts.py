@@ -181,6 +181,27 @@ def test_usr1_to_the_batch_shell_reaches_the_ranks(launcher, fakes, tmp_path):
     assert fakes.words("scontrol") == ["requeue", "7"]
 
 
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_with_a_container_usr1_to_the_batch_shell_asks_by_file(launcher, fakes, tmp_path):
+    """The processes between launcher and ranks do not survive the signal."""
+    script = render(replace(JOB, container="x.sif"), Site(scheduler="slurm", launcher=launcher))
+    assert "#SBATCH --signal=B:USR1@300\n" in script
+    fakes.plan("file")
+    process = fakes.start(script, tmp_path)
+    wait_until(fakes.folder / "training")
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert fakes.words("scontrol") == ["requeue", "7"]
+
+
+def test_hpctrain_stop_ends_a_container_for_good(fakes, tmp_path):
+    fakes.plan("stop:75")
+    code, said = fakes.run(render(replace(JOB, container="x.sif"), SLURM), tmp_path)
+    assert (code, fakes.words("scontrol")) == (75, [])
+    assert "ended by hpctrain stop" in said
+
+
 def test_scancel_saves_and_does_not_requeue(fakes, tmp_path):
     fakes.plan("wait")
     process = fakes.start(render(JOB, SLURM), tmp_path)
