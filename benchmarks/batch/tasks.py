@@ -74,7 +74,8 @@ TASKS = {
         sizes=SWEEP,
     ),
     "nonconvex": Task(
-        title="ReLU network 48-96-10 on a tanh teacher, n = 20,000, label noise 0.1; SGD",
+        title="ReLU network 48-96-10 on a tanh teacher, n = 20,000, label noise 0.1, l2 term 1e-3; "
+        "SGD",
         tables={
             "data": {
                 "kind": "synthetic",
@@ -86,10 +87,10 @@ TASKS = {
                 "noise": 0.055,  # flips 10 % of the teacher's labels
             },
             "model": {"kind": "mlp", "widths": [96]},
-            "optimiser": {"kind": "sgd"},
+            "optimiser": {"kind": "sgd", "weight_decay": 1e-3},
         },
         samples_per_epoch=20_000,
-        epochs=5,
+        epochs=10,
         every_epochs=0.1,
         lrs=(0.0125, 0.025, 0.05, 0.1),
         sizes=SWEEP,

@@ -12,7 +12,7 @@ At every look, with B the present batch and B_S = 1 + noise_scale_factor * (b_s 
                 efficiency below `efficiency_floor`
 
     retreat   where a growth turns out badly, by the noise or by the training loss: to the batch
-                before, and not again before twice as many samples (hpctrain/batch/retreat.py)
+                before, and not again before four times as many samples (hpctrain/batch/retreat.py)
 
 So the estimate says where to, and its interval whether. An estimate that is not resolved says
 "B_S is at least low": the batch may grow to what that justifies, and never shrinks by it.
