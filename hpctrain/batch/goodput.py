@@ -13,6 +13,8 @@ At every look, with B the present batch and B_S = 1 + noise_scale_factor * (b_s 
 
     retreat   where a growth turns out badly, by the noise or by the training loss: to the batch
                 before, and not again before four times as many samples (hpctrain/batch/retreat.py)
+    test      where the loss stands still after a growth: half the batch for some steps, and for
+                good if that makes the loss fall (hpctrain/batch/stall.py)
 
 So the estimate says where to, and its interval whether. An estimate that is not resolved says
 "B_S is at least low": the batch may grow to what that justifies, and never shrinks by it.
@@ -38,6 +40,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpctrain.batch.guard import Guard
 from hpctrain.batch.looking import LookingPolicy
 from hpctrain.batch.planner import (
     best_batch,
@@ -51,7 +54,6 @@ from hpctrain.batch.planner import (
     weigh,
 )
 from hpctrain.batch.policy import Decision, Facts, Seen, StepTimes
-from hpctrain.batch.retreat import Retreat
 from hpctrain.batch.table import AdaptiveTable, Need
 from hpctrain.state import State
 from hpctrain.stats.noise import NoiseEstimate
@@ -101,7 +103,7 @@ class GoodputPolicy(LookingPolicy):
         """Whether there was a trial."""
         self.base: int | None = None
         """The batch before the trial under way."""
-        self.retreat = Retreat()
+        self.guard = Guard()
 
     def due(self, seen: Seen) -> bool:
         """Whether to look before this step. Local."""
@@ -126,16 +128,15 @@ class GoodputPolicy(LookingPolicy):
         base, self.base = self.base or self.batch, None
         low, point, high = self._believed(noise)
         since = seen.step - (self.changed or 0)
-        sank, rose = self.retreat.sank(high), self.retreat.rose(seen.losses, since)
-        if self.retreat.mending(since):
-            return self.kept("it was gone back to lately, and mends", facts)
-        if sank or rose:
-            back = self.retreat.take_back(self.batch, seen.samples)
-            why = f"{in_words(noise)} is far below what the growth went by"
-            return self.moved(back, why if sank else "the loss rose", facts | {"action": "retreat"})
+        advice = self.guard.advise(self.batch, seen, since, high, in_words(noise), self._rungs)
+        if advice is not None:
+            facts["action"] = advice.action
+            if advice.batch == self.batch:
+                return self.kept(advice.why, facts)
+            return self.moved(advice.batch, advice.why, facts)
         if self.changed is not None and since < self._goodput.cool_down_steps:
             return self.kept("the last change is too recent", facts)
-        rungs = [rung for rung in self._rungs if self.retreat.allows(rung, seen.samples)]
+        rungs = [rung for rung in self._rungs if self.guard.retreat.allows(rung, seen.samples)]
         target, gain, why = weigh(
             base,
             (low, point, high),
@@ -154,14 +155,14 @@ class GoodputPolicy(LookingPolicy):
         if target == self.batch:
             return self.kept(why, facts)
         facts["action"] = "trial" if trial else "grow" if target > self.batch else "shrink"
-        self.retreat.note(self.batch, target, low, seen.samples)
+        self.guard.retreat.note(self.batch, target, low, seen.samples)
         return self.moved(target, why, facts)
 
     def state(self) -> State:
         """The batch, when it was looked at, what a trial knows, whether noise was resolved."""
         state = super().state()
         state.counters |= {"resolved": self.resolved, "tried": self.tried, "base": self.base}
-        state.counters |= State.nested({"retreat": self.retreat.state()}).counters
+        state.counters |= State.nested({"guard": self.guard.state()}).counters
         return state
 
     def load_state(self, state: State) -> None:
@@ -170,7 +171,7 @@ class GoodputPolicy(LookingPolicy):
         self.batch = max((r for r in self._rungs if r <= self.batch), default=self._rungs[0])
         self.resolved = bool(state.counters.get("resolved"))
         self.tried = bool(state.counters.get("tried"))
-        self.retreat.load_state(state.below("retreat"))
+        self.guard.load_state(state.below("guard"))
         base = int(state.counters.get("base") or 0)
         self.base = base if base in self._rungs else None
 

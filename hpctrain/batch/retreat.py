@@ -81,9 +81,15 @@ class Retreat:
 
     def take_back(self, batch: int, samples: int) -> int:
         """The last growth, to `batch`, is taken back; the batch before it."""
-        self.barred, self.until, self.went_back = batch, PATIENCE * samples, True
-        before, _ = self.growths.pop()
+        before, _ = self.growths[-1]
+        self.bar(batch, before, samples)
+        self.went_back = True
         return before
+
+    def bar(self, batch: int, taken: int, samples: int) -> None:
+        """Nothing from `batch` on until `PATIENCE` times the samples; `taken` is taken instead."""
+        self.barred, self.until = batch, PATIENCE * samples
+        self.growths = [growth for growth in self.growths if growth[0] < taken]
 
     def allows(self, batch: int, samples: int) -> bool:
         """Whether a batch may be taken."""
