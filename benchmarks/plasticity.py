@@ -1,12 +1,18 @@
 """Loss of plasticity under successive label permutations, with and without regularisers.
 
     python -m benchmarks.plasticity --data DIR --log LOG --out benchmarks/results/plasticity.json
+    python -m benchmarks.plasticity --data DIR --log LOG --permute names --optimisers sgd \
+        --methods none l2 spectral --out benchmarks/results/plasticity_names.json
 
 One network learns the same MNIST images eleven times in a row; before every time but the first the
-ten labels are permuted anew. Nothing is reset between these tasks. Measured per task, in % of the
-training images: accuracy of each batch before it is learned from, averaged over the task
-("during"), and accuracy on all images at its end ("end"). At the first batch of a task, of 128
-images: grad_erank and B_S; and the largest singular value of all matrices.
+labels are permuted anew. Nothing is reset between these tasks. Two ways to permute:
+
+    labels   over the images, 500 of them, 40 epochs a task: what was learned is of no use
+    names    of the ten digits, 4,000 images, 10 epochs: only the last layer need learn anew
+
+Measured per task, in % of the training images: accuracy of each batch before it is learned from,
+averaged over the task ("during"), and accuracy on all images at its end ("end"). At the first batch
+of a task, of 128 images: grad_erank and B_S; and the largest singular value of all matrices.
 
 Step size and strength of every method are chosen on one seed (TUNING_SEED), from grids of equally
 many values, by "during" averaged over the last three tasks; then other seeds are measured, those
@@ -20,6 +26,7 @@ import itertools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +51,7 @@ from hpctrain.stats.per_sample import PerSample
 from hpctrain.transport.threads import run_threads
 
 WIDTHS = [64, 64]
-IMAGES, BATCH, EPOCHS, TASKS = 4000, 32, 10, 11
+BATCH, TASKS = 32, 11
 LAST = 3
 PROBE = 128
 TUNING_SEED = 100
@@ -62,9 +69,32 @@ Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """How labels are permuted."""
+
+    images: int
+    epochs: int
+    """Of a task."""
+    permute: Callable[[Tensor, torch.Generator], Tensor]
+    """(N,) labels -> those of another task."""
+
+
+def over_images(labels: Tensor, random: torch.Generator) -> Tensor:
+    return labels[torch.randperm(len(labels), generator=random)]
+
+
+def of_digits(labels: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randperm(10, generator=random)[labels]
+
+
+KINDS = {"labels": Kind(500, 40, over_images), "names": Kind(4000, 10, of_digits)}
+
+
+@dataclass(frozen=True)
 class Choice:
     """A training but for its seed."""
 
+    kind: str
     optimiser: str
     method: str
     lr: float
@@ -112,19 +142,19 @@ def probe(flat: FlatModel, inputs: Tensor, targets: Tensor) -> Run:
 
 
 def learn(choice: Choice, seed: int, images: Tensor, labels: Tensor) -> Run:
-    """All tasks of one training: a list per measure."""
+    """All tasks of one training on (N, features) images: a list per measure."""
     RandomState(seed, 0).seed_model()
     flat = FlatModel(Mlp(widths=WIDTHS).build(Spec("classification", (784,), "float32", 10)))
     penalised = Penalised(choice, flat)
     random = torch.Generator().manual_seed(seed)
     found: dict[str, list[float]] = {}
-    step = 0
+    kind, step = KINDS[choice.kind], 0
     for task in range(TASKS):
-        targets = (torch.randperm(10, generator=random) if task else torch.arange(10))[labels]
+        targets = kind.permute(labels, random) if task else labels
         told = probe(flat, images[:PROBE], targets[:PROBE])
         correct = torch.zeros((), dtype=torch.int64)
-        for _ in range(EPOCHS):
-            for chosen in torch.randperm(IMAGES, generator=random).split(BATCH):
+        for _ in range(kind.epochs):
+            for chosen in torch.randperm(len(images), generator=random).split(BATCH):
                 flat.zero_grad()
                 outputs = flat.module(images[chosen])
                 F.cross_entropy(outputs, targets[chosen]).backward()
@@ -133,7 +163,7 @@ def learn(choice: Choice, seed: int, images: Tensor, labels: Tensor) -> Run:
                 step += 1
         with torch.no_grad():
             right = flat.module(images).argmax(1) == targets
-        told["during"] = 100.0 * float(correct) / (EPOCHS * IMAGES)
+        told["during"] = 100.0 * float(correct) / (kind.epochs * len(images))
         told["end"] = 100.0 * float(right.double().mean())
         for name, value in told.items():
             found.setdefault(name, []).append(round(float(value), 4))
@@ -168,23 +198,23 @@ class Trainings:
         return json.dumps([entry["choice"], entry["seed"]])
 
 
-def measure(trainings: Trainings, optimiser: str, seeds: list[int]) -> Run:
+def measure(trainings: Trainings, kind: str, optimiser: str, methods: list[str]) -> Run:
     """The grid on one seed, then every method's choice of it on others."""
     grid, results = [], {}
-    for method, strengths in STRENGTHS.items():
+    for method in methods:
         choices = [
-            Choice(optimiser, method, lr, strength)
-            for lr, strength in itertools.product(LRS[optimiser], strengths)
+            Choice(kind, optimiser, method, lr, strength)
+            for lr, strength in itertools.product(LRS[optimiser], STRENGTHS[method])
         ]
         scores = [last(trainings.of(choice, TUNING_SEED)) for choice in choices]
         grid += [asdict(c) | {"during": s} for c, s in zip(choices, scores, strict=True)]
         best = choices[int(np.argmax(scores))]
-        runs = [trainings.of(best, seed) for seed in seeds]
+        runs = [trainings.of(best, seed) for seed in SEEDS]
         results[method] = {"lr": best.lr, "strength": best.strength, "runs": runs}
     # What the others have at the step size that is best for `none`.
     lr = results["none"]["lr"]
     at_lr = {}
-    for method in STRENGTHS:
+    for method in methods:
         cells = [cell for cell in grid if cell["method"] == method and cell["lr"] == lr]
         best_cell = max(cells, key=lambda cell: float(cell["during"]))
         at_lr[method] = best_cell["during"]
@@ -221,21 +251,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with mnist/")
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--permute", choices=list(KINDS), default="labels")
     parser.add_argument("--optimisers", nargs="+", default=list(LRS), choices=list(LRS))
+    parser.add_argument("--methods", nargs="+", default=list(STRENGTHS), choices=list(STRENGTHS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    config = Idx(root=str(args.data), folder="mnist", limit_train=IMAGES)
+    kind = KINDS[args.permute]
+    config = Idx(root=str(args.data), folder="mnist", limit_train=kind.images)
     (data,) = run_threads(1, lambda comm: config.load(comm, 0))
-    images, labels = data.train.batch(np.arange(IMAGES), 0)
+    images, labels = data.train.batch(np.arange(kind.images), 0)
     trainings = Trainings(args.log, images.flatten(1), labels)
     record = {
         "machine": describe_machine(),
         "setting": {
-            "widths": WIDTHS, "images": IMAGES, "batch": BATCH, "epochs": EPOCHS, "tasks": TASKS,
-            "last": LAST, "probe": PROBE, "tuning_seed": TUNING_SEED, "seeds": SEEDS, "lrs": LRS,
-            "strengths": STRENGTHS, "decay": DECAY,
+            "widths": WIDTHS, "images": kind.images, "batch": BATCH, "epochs": kind.epochs,
+            "tasks": TASKS, "last": LAST, "probe": PROBE, "tuning_seed": TUNING_SEED,
+            "seeds": SEEDS, "lrs": LRS, "strengths": STRENGTHS, "decay": DECAY,
         },
-        "optimisers": {name: measure(trainings, name, SEEDS) for name in args.optimisers},
+        "permute": args.permute,
+        "optimisers": {
+            name: measure(trainings, args.permute, name, args.methods) for name in args.optimisers
+        },
     }  # fmt: skip
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -81,15 +81,29 @@ def test_quantised_and_noisy_gradients_have_the_right_mean():
 @pytest.mark.parametrize("method", plasticity.STRENGTHS)
 @pytest.mark.parametrize("optimiser", plasticity.LRS)
 def test_a_training_of_two_tasks(method, optimiser, monkeypatch):
-    for name, value in {"IMAGES": 96, "EPOCHS": 2, "TASKS": 2, "WIDTHS": [8], "PROBE": 16}.items():
+    for name, value in {"TASKS": 2, "WIDTHS": [8], "PROBE": 16}.items():
         monkeypatch.setattr(plasticity, name, value)
+    short = plasticity.Kind(96, 2, plasticity.over_images)
+    monkeypatch.setitem(plasticity.KINDS, "labels", short)
     random = torch.Generator().manual_seed(0)
     images, labels = torch.randn(96, 784, generator=random), torch.arange(96) % 10
-    choice = plasticity.Choice(optimiser, method, 0.003, plasticity.STRENGTHS[method][-1])
+    strength = plasticity.STRENGTHS[method][-1]
+    choice = plasticity.Choice("labels", optimiser, method, 0.003, strength)
     found = plasticity.learn(choice, 0, images, labels)
     assert {len(values) for values in found.values()} == {2}
     assert all(0.0 <= value <= 100.0 for value in found["during"] + found["end"])
     assert all(1.0 <= rank <= 16.0 for rank in found["grad_erank"])
+
+
+def test_labels_are_permuted_over_images_or_as_names():
+    labels = torch.arange(10).repeat(3)
+    random = torch.Generator().manual_seed(0)
+    over = plasticity.over_images(labels, random)
+    assert torch.equal(over.bincount(), labels.bincount())
+    assert not torch.equal(over[:10], over[10:20]), "an image of a digit says nothing of the next"
+    names = plasticity.of_digits(labels, random)
+    assert torch.equal(names[:10], names[10:20])
+    assert sorted(names[:10].tolist()) == list(range(10))
 
 
 def test_gains_are_taken_seed_by_seed():
