@@ -507,6 +507,92 @@ def read(path: Path) -> Record:
     return record
 
 
+def plasticity(results: Path) -> Figure:
+    """Accuracy over a task, task by task: mean over seeds, and every seed."""
+    records = [read(results / f"{name}.json") for name in ("plasticity", "plasticity_names")]
+    title = "MNIST, labels permuted before every task, SGD: accuracy while a task is learned (%)"
+    figure, panels = panels_of(1, len(records) + 1, (12, 3.8), title)
+    colors = {"none": LIMIT, "l2": OTHERS, "spectral": OURS, "wasserstein": INK}
+    titles = ("labels permuted over the images", "names of the digits permuted")
+    for panel, record, text in zip(panels, records, titles, strict=False):
+        for method, chosen in record["optimisers"]["sgd"]["methods"].items():
+            each = np.array([run["during"] for run in chosen["runs"]])
+            tasks = np.arange(each.shape[1])
+            panel.plot(tasks, each.T, color=colors[method], linewidth=0.4, alpha=0.6)
+            label = f"{method}, lr {chosen['lr']:g}"
+            label += f", {chosen['strength']:g}" if chosen["strength"] else ""
+            panel.plot(tasks, each.mean(0), color=colors[method], linewidth=1.6, label=label)
+        panel.set_title(text, fontsize=10)
+        panel.legend(fontsize=7, frameon=False, loc="lower left")
+    for method, chosen in records[0]["optimisers"]["sgd"]["methods"].items():
+        each = np.array([run["grad_erank"] for run in chosen["runs"]])
+        panels[-1].plot(np.arange(each.shape[1]), each.mean(0), color=colors[method])
+    panels[-1].set_title("grad_erank before a task's first step, as left", fontsize=10)
+    for panel in panels:
+        panel.set_xlabel("permutations so far")
+    return figure
+
+
+def width_depth(results: Path) -> Figure:
+    """B_S and the critical batch by depth, and one against the other."""
+    record = read(results / "width_depth.json")
+    title = "Digits, 8,000 parameters: what batch a shape bears; dots: seeds"
+    figure, panels = panels_of(1, 3, (11, 3.6), title)
+    for panel, activation in zip(panels, ("linear", "relu"), strict=False):
+        shapes = [row for row in record["shapes"] if row["activation"] == activation]
+        depths = [row["depth"] for row in shapes]
+        labels = {"b_s": "B_S on the way", "critical": "critical batch", "b50": "B50"}
+        for (key, label), color in zip(labels.items(), (OURS, LIMIT, OTHERS), strict=True):
+            means = [statistics.fmean(row[key]) for row in shapes]
+            panel.plot(depths, means, marker="o", color=color, linewidth=1.2, label=label)
+            for depth, row in zip(depths, shapes, strict=True):
+                panel.plot([depth] * len(row[key]), row[key], ".", color=color, alpha=0.4)
+        panel.set(xscale="log", yscale="log", title=activation, xlabel="hidden layers")
+        panel.set_xticks(depths, [f"{row['depth']}\n({row['width']})" for row in shapes])
+        panel.set_xticks([], minor=True)
+        panel.legend(fontsize=7, frameon=False)
+    for activation, color in (("linear", OURS), ("relu", INK)):
+        shapes = [row for row in record["shapes"] if row["activation"] == activation]
+        pairs = [
+            (statistics.fmean(row["b_s"]), statistics.fmean(row["critical"])) for row in shapes
+        ]
+        panels[2].plot(*np.array(pairs).T, "o", color=color, label=activation)
+        for row, pair in zip(shapes, pairs, strict=True):
+            panels[2].annotate(str(row["depth"]), pair, (4, 2), textcoords="offset points")
+    panels[2].set(xscale="log", yscale="log", xlabel="B_S on the way", ylabel="critical batch")
+    low, high = panels[2].get_xlim()
+    panels[2].plot([low, high], [low, high], color=LIMIT, linewidth=0.8)
+    panels[2].set_title("number: hidden layers; line: equal", fontsize=10)
+    panels[2].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def mechanisms(results: Path) -> Figure:
+    """Measured B_S against the predicted one."""
+    record = read(results / "mechanisms.json")
+    title = "Diversity-inducing mechanisms: B_S, predicted and measured"
+    figure, panels = panels_of(1, len(record["stages"]), (11, 3.8), title)
+    colors = {"langevin": OURS, "quantise": INK, "dropout": "C2", "one mask": LIMIT}
+    for panel, stage in zip(panels, record["stages"], strict=True):
+        rows = stage["rows"]
+        for mechanism, color in colors.items():
+            found = [row for row in rows if row["mechanism"] == mechanism]
+            panel.plot(
+                [row["predicted"] for row in found],
+                [row["measured"] for row in found],
+                "x" if mechanism == "one mask" else "o",
+                color=color,
+                label=mechanism,
+            )
+        ends = [min(row["b_s_of_means"] for row in rows), max(row["predicted"] for row in rows)]
+        panel.plot(ends, ends, color=OTHERS, linewidth=0.8)
+        panel.set(xscale="log", yscale="log", xlabel="predicted")
+        panel.set_title(f"after {stage['steps']} steps; without: {stage['b_s']:.1f}", fontsize=10)
+        panel.legend(fontsize=7, frameon=False)
+    panels[0].set_ylabel("measured")
+    return figure
+
+
 FIGURES: dict[str, Callable[[Path], Figure]] = {
     "allreduce": allreduce,
     "selection": selection,
@@ -523,6 +609,9 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "batch_policies": batch_policies,
     "noise_scale": noise_scale,
     "flagship": flagship,
+    "plasticity": plasticity,
+    "width_depth": width_depth,
+    "mechanisms": mechanisms,
 }
 
 
