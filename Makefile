@@ -11,6 +11,7 @@ export PYTHONNOUSERSITE := 1
 
 BIN := .venv/bin
 SIZES := 1 2 3 4
+WORKERS := 2
 # Asked for explicitly, or the environment that is active, else .venv.
 HOROVOD_PYTHON = $(or $(PYTHON),$(if $(VIRTUAL_ENV)$(CONDA_PREFIX),python3,$(BIN)/python))
 
@@ -37,8 +38,9 @@ test: setup ## Run all tests: unit, faults and ranks
 	  start=$$SECONDS; $(MAKE) $$room; times+=", $$room $$((SECONDS - start)) s"; \
 	done; echo "make test: all passed$$times"
 
-unit: setup ## Run the tests of one process
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/unit $(ARGS)
+unit: setup ## Run the tests of one process, WORKERS=2 at a time (0: none beside the first)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/unit \
+	  -n $(WORKERS) --dist loadfile $(ARGS)
 
 faults: setup ## Run the tests that start whole jobs and let something go wrong
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/faults $(ARGS)
