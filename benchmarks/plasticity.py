@@ -151,6 +151,10 @@ def learn(choice: Choice, seed: int, images: Tensor, labels: Tensor) -> Run:
     kind, step = KINDS[choice.kind], 0
     for task in range(TASKS):
         targets = kind.permute(labels, random) if task else labels
+        if not flat.params_P.isfinite().all():  # diverged in a task before
+            for values in found.values():
+                values.append(0.0)
+            continue
         told = probe(flat, images[:PROBE], targets[:PROBE])
         correct = torch.zeros((), dtype=torch.int64)
         for _ in range(kind.epochs):

@@ -155,8 +155,10 @@ def effective_rank(gram_MM: Tensor) -> float:
         gram_MM: g_i . g_j, (M, M) float64, symmetric.
 
     Returns:
-        NaN where all gradients are zero.
+        NaN where all gradients are zero, or some are not finite.
     """
+    if not gram_MM.isfinite().all():
+        return math.nan
     eigenvalues = torch.linalg.eigvalsh(gram_MM.double()).clamp_min(0.0)
     # What rounding leaves of a zero eigenvalue would count with its square root.
     floor = float(eigenvalues.max()) * len(gram_MM) * torch.finfo(torch.float64).eps

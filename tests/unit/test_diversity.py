@@ -140,6 +140,7 @@ def test_effective_rank():
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert effective_rank(uneven @ uneven.T) == pytest.approx(math.exp(entropy))
     assert math.isnan(effective_rank(torch.zeros(2, 2)))
+    assert math.isnan(effective_rank(torch.full((2, 2), math.inf)))
 
 
 @pytest.mark.parametrize(("copies", "predicted"), [(1, 668), (2, 501), (4, 334), (8, 201)])
