@@ -193,10 +193,10 @@ class BatchControl:
 
     def _rule_gain(self, batch_global: int, noise: NoiseEstimate | None) -> float:
         """What [lr] kind = "adascale" makes of this batch; 1 for other kinds and in a replay."""
-        if self._lr.kind != "adascale" or self._config.replays or noise is None:
+        if self._lr.kind != "adascale" or self._config.replays:
             return 1.0
         assert self._lr.reference_batch is not None
-        b_s = noise.b_s if noise.resolved else noise.low
+        b_s = 1.0 if noise is None else noise.b_s if noise.resolved else noise.low
         batch = batch_global / self._replicas
         return adascale_gain(batch, self._lr.reference_batch, max(b_s - 1.0, 0.0))
 

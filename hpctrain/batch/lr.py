@@ -5,9 +5,9 @@
     kind = "stich": lr = base * (1 + M / reference_batch) / (1 + M / batch + delay) instead, with
     M = critical_batch and delay = exchange.delay: the same as "linear" far below M, flat above it
     (with a delay, base at most 0.6 of the best step size without one: docs/studies)
-    kind = "adascale": p = 0, and gain has the factor S * (B_simple + reference_batch) / (B_simple +
-    batch), S = batch / reference_batch, B_simple the measured B_S - 1 (at least: the lower end of
-    its interval, where it is not resolved): "linear" far below B_simple, flat above it
+    kind = "adascale": p = 1, and gain has the factor (B_simple + reference_batch) / (B_simple +
+    batch), B_simple the measured B_S - 1 (at least: the lower end of its interval, where it is not
+    resolved; 0 before it is known): "linear" far below B_simple, flat above it
     warm-up:   min(1, (samples_seen + batch_global) / warm-up samples); 1 without warm-up
     constant:  1
     cosine:    f + (1 - f) * (1 + cos(pi * t)) / 2, f = final_fraction, t running from 0 to 1
@@ -39,13 +39,14 @@ from pydantic import Field, model_validator
 
 from hpctrain.table import Table
 
-_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5, "stich": 0.0, "adascale": 0.0}
+_POWER = {"none": 0.0, "linear": 1.0, "sqrt": 0.5, "stich": 0.0, "adascale": 1.0}
 
 
 def adascale_gain(batch: float, reference: float, b_simple: float) -> float:
-    """The factor of the step size at a batch, beside that of the reference batch. Local, pure.
+    """What AdaScale takes off a step size in proportion to the batch. Local, pure.
 
-    Between 1 and batch / reference; 1 + b_simple / reference for a batch without end.
+    (b_simple + reference) / (b_simple + batch): reference / batch without noise, which leaves the
+    step size at that of the reference, and 1 for noise without end.
 
     Args:
         batch: Samples of an update.
@@ -53,9 +54,8 @@ def adascale_gain(batch: float, reference: float, b_simple: float) -> float:
         b_simple: B_S - 1, from 0 to inf.
     """
     if math.isinf(b_simple):
-        return batch / reference
-    # (B_simple + B0) / (B_simple + B), as a share that stays exact for large B_simple
-    return batch / reference * (1.0 + (reference - batch) / (b_simple + batch))
+        return 1.0
+    return 1.0 + (reference - batch) / (b_simple + batch)  # exact for a large b_simple
 
 
 class LrConfig(Table):
@@ -139,8 +139,8 @@ class LrConfig(Table):
             batch_update: Samples whose mean gradient one update takes, where that is not all of
                 them (`[[sync]]`); the scaling goes by it.
             delay: Steps between taking and applying a gradient.
-            gain: Multiplies the result: `adascale_gain` for kind = "adascale", and
-                `Decision.gain`.
+            gain: Multiplies the result: `Decision.gain`, for kind = "adascale" with
+                `adascale_gain` in it.
         """
         warmup = self.warmup_samples or self.warmup_epochs * samples_per_epoch
         rising = min(1.0, (samples_seen + batch_global) / warmup) if warmup else 1.0

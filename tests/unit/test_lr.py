@@ -61,16 +61,23 @@ def test_scaling_with_the_batch(kind, factor):
 def test_adascales_gain_is_the_ratio_of_second_moments(batch, reference, s2, mu2):
     """E|g|² at the reference batch over E|g|² at the batch: the definition, with S = B / B0."""
     expected = (s2 / reference + mu2) / (s2 / batch + mu2)
-    assert adascale_gain(batch, reference, s2 / mu2) == pytest.approx(expected, rel=1e-6)
+    gain = adascale_gain(batch, reference, s2 / mu2)
+    assert batch / reference * gain == pytest.approx(expected, rel=1e-6)
 
 
 def test_adascales_gain_at_its_ends():
     assert adascale_gain(32, 32, 700.0) == 1.0
-    assert adascale_gain(4096, 32, 0.0) == pytest.approx(1.0)
-    assert adascale_gain(4096, 32, math.inf) == 128.0
-    assert adascale_gain(4096, 32, 1e18) == pytest.approx(128.0)
-    assert adascale_gain(1e12, 32, 320.0) == pytest.approx(11.0)
-    assert adascale_gain(8, 32, math.inf) == 0.25
+    assert adascale_gain(4096, 32, 0.0) == pytest.approx(1 / 128)
+    assert adascale_gain(4096, 32, math.inf) == 1.0
+    assert adascale_gain(4096, 32, 1e18) == pytest.approx(1.0)
+    assert 1e12 / 32 * adascale_gain(1e12, 32, 320.0) == pytest.approx(11.0)
+
+
+def test_adascale_takes_a_short_last_batch_in_proportion():
+    """One gain for all steps between two looks, whatever samples they find left."""
+    config = {"kind": "adascale", "base": 0.1, "reference_batch": 32}
+    assert lr(config, 5000, batch=64) == pytest.approx(0.2)
+    assert lr(config, 5000, batch=8) == pytest.approx(0.025)
 
 
 @pytest.mark.parametrize("kind", ["none", "linear", "sqrt", "adascale", "stich"])
