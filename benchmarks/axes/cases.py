@@ -58,6 +58,8 @@ COMMON = (
     "checkpoint.at_end=false",
     "record.progress=none",
 )
+UNMEASURED = ("batch.kind=fixed", "batch.measure=off", "lr.kind=none")
+"""For steps whose bytes or seconds are counted; the batch is set beside."""
 
 
 @dataclass(frozen=True)

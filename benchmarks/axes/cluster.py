@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.axes.cases import NODES, ROUND, SKIPPED, Case, Line
+from benchmarks.axes.cases import NODES, ROUND, SKIPPED, UNMEASURED, Case, Line
 from benchmarks.axes.count import read_training
 from hpctrain.config import Loaded
 from hpctrain.errors import EXIT_COMPLETE, EXIT_STOPPED
@@ -49,7 +49,7 @@ def time_steps(cluster: Cluster, folder: Path, variant: str, batch: int, shorter
     meets = bool(Case(variant).loaded().run.sync)
     skipped, steps = (SKIPPED, ROUND) if meets else (ALONE_SKIPPED, ALONE_STEPS)
     skipped, steps = skipped // shorter, steps // shorter
-    more = ("batch.kind=fixed", f"batch.batch_global={batch}", "batch.measure=off")
+    more = (*UNMEASURED, f"batch.batch_global={batch}")
     more += ("record.every_steps=1", "evaluate.every_epochs=0", "data.limit_test=100")
     loaded = Case(variant, 1e-4).loaded(*more, length=f"train.steps={skipped + steps}")
     run = train(cluster, folder, loaded)

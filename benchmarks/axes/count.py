@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks.axes.cases import NODES, ROUND, SKIPPED, TARGET, Case, Line
+from benchmarks.axes.cases import NODES, ROUND, SKIPPED, TARGET, UNMEASURED, Case, Line
 from hpctrain.assemble import Options, World, open_session
 from hpctrain.batch import StepTimes
 from hpctrain.config import Loaded
@@ -37,7 +37,7 @@ def count(case: Case, times: StepTimes | None) -> Line:
 
 def count_bytes(variant: str, per_node: int) -> Line:
     """Bytes between nodes per step and node, over one round of leaders; measuring is off."""
-    more = ("batch.kind=fixed", f"batch.batch_global={NODES * per_node}", "batch.measure=off")
+    more = (*UNMEASURED, f"batch.batch_global={NODES * per_node}")
     more += ("data.limit_train=4000", "data.limit_test=8", "data.prefetch=0")
     more += ("record.every_steps=1", "evaluate.every_epochs=0")
     loaded = Case(variant, 1e-4).loaded(*more, length=f"train.steps={SKIPPED + ROUND + 16}")

@@ -31,13 +31,18 @@ SMALL = (
     "exchange.density=0.1",
     "sync=[{kind = 'leader', scope = 'world', every = 8, pull = 0.5}]",
     "lr.reference_batch=64",
-    "lr.base=0.2",
+    "lr.base=0.1",
     "lr.schedule=constant",
     "lr.warmup_samples=640",
     "evaluate.every_epochs=0",
     "record.progress=none",
 )
-GROWING = ("batch.batch_global=64", "batch.batch_max=256", "batch.batch_min=64")
+GROWING = (
+    "batch.batch_global=64",
+    "batch.batch_max=256",
+    "batch.batch_min=64",
+    "batch.measure=on",  # "auto" measures less often where measuring is slow
+)
 EPOCHS = 8
 
 
