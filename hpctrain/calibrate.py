@@ -184,7 +184,7 @@ def lr_factor(rule: LrRule, multiple: int, batch: float, noise: NoiseEstimate | 
                 "--lr adascale: the run's B_S is not known, or not resolved; measure it with --set "
                 "batch.measure=on, or give linear, sqrt or none"
             )
-        return adascale_gain(multiple * batch, batch, noise.b_s - 1.0)
+        return multiple * adascale_gain(multiple * batch, batch, noise.b_s - 1.0)
     power = {"linear": 1.0, "sqrt": 0.5}.get(rule, 0.0)
     return float(multiple**power)
 
