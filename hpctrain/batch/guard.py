@@ -62,7 +62,7 @@ class Guard:
         return None
 
     def _in_a_test(self, tested: int, batch: int, seen: Seen, since: int) -> Advice:
-        if not self.stall.over(since):
+        if not self.stall.over(seen.losses, since):
             return Advice(batch, f"a test, whether the loss falls below that at {tested}", "keep")
         if not self.stall.fell(seen.losses):
             return Advice(tested, "the loss did not fall in the test", "keep")

@@ -9,7 +9,7 @@ only adds noise, the loss does not fall, and the batch is taken up again.
 
     stands     over the `WATCHED` last losses, all of the present batch, a straight line does not
                fall by twice the standard error of its slope
-    test       `TEST` steps at half the batch
+    test       `TEST` steps at half the batch, or as many as it takes until `LAST` losses are told
     verdict    the mean of the `LAST` losses of these steps is below that of the `WATCHED` before
                them by `SIGMAS` standard errors or more: the batch stays halved
     again      not before twice as many samples, so that a run has a logarithmic number of tests
@@ -77,9 +77,10 @@ class Stall:
         self.tested, self.until = batch, _AGAIN * samples
         return batch // 2
 
-    def over(self, since: int) -> bool:
+    def over(self, losses: Losses, since: int) -> bool:
         """Whether the test that began `since` steps ago has been long enough."""
-        return since >= TEST
+        told = sum(step > losses[-1][0] - since for step, _ in losses)
+        return since >= TEST and told >= LAST
 
     def fell(self, losses: Losses) -> bool:
         """The verdict, at the end of a test: whether the loss fell."""

@@ -40,8 +40,11 @@ def test_not_again_before_twice_the_samples():
 def test_verdict_by_the_noise_of_the_losses(fall, fell):
     stall = Stall()
     stall.begin(256, losses(0.0), 1000)
-    assert not stall.over(TEST - 1)
-    assert stall.over(TEST)
+    assert not stall.over(losses(0.0), TEST - 1)
+    assert stall.over(losses(0.0), TEST)
+    seldom = [(5 * step, loss) for step, loss in losses(0.0)]  # as replicas are told
+    assert not stall.over(seldom, TEST)
+    assert stall.over(seldom, 5 * LAST)
     assert stall.fell([(step, loss - fall) for step, loss in losses(0.0, 1, LAST)]) == fell
     assert stall.tested is None
 
