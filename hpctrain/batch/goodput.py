@@ -14,7 +14,7 @@ At every look, with B the present batch and B_S = 1 + noise_scale_factor * (b_s 
     retreat   where a growth turns out badly, by the noise or by the training loss: to the batch
                 before, and not again before four times as many samples (hpctrain/batch/retreat.py)
     test      where the loss stands still after a growth: half the batch for some steps, and for
-                good if that makes the loss fall (hpctrain/batch/stall.py)
+                good if that makes the loss fall (hpctrain/batch/plateau.py)
 
 So the estimate says where to, and its interval whether. An estimate that is not resolved says
 "B_S is at least low": the batch may grow to what that justifies, and never shrinks by it.

@@ -38,7 +38,7 @@ Losses = Sequence[tuple[int, float]]
 
 
 @dataclass
-class Stall:
+class Plateau:
     """The test under way, and when the next may come. Every method is local."""
 
     tested: int | None = None
