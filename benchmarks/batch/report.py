@@ -107,14 +107,8 @@ def of_method(lines: Sequence[Line], target: float, times: StepTimes) -> Record:
         "reached": reached_S,
         "mean_s": statistics.fmean(seconds_S),
         "curve": lines[0]["curve"],
-        "plan": [brief(decision) for decision in lines[0]["plan"]],
+        "plan": lines[0]["plan"],
     }
-
-
-def brief(decision: Record) -> Record:
-    """What a figure needs of a decision."""
-    names = ("step", "samples", "batch_global", "reason", "b_s", "low")
-    return {name: decision[name] for name in names if decision.get(name) is not None}
 
 
 def choices(found: Record) -> dict[str, str]:
@@ -183,7 +177,7 @@ def on_the_cluster(line: Line, times: StepTimes) -> Record:
         "seconds": sum(spent),
         "by_the_line_s": times.fixed_s * steps + times.per_sample_s * samples,
         "load_average": line["load_average"],
-        "plan": [brief(decision) for decision in line["plan"]],
+        "plan": line["plan"],
     }
 
 

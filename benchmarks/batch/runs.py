@@ -80,7 +80,7 @@ class Log:
     def append(self, line: Line) -> None:
         """Write one line in one piece."""
         with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     def find(self, case: Case, times: StepTimes | None = None, target: float = 0.0) -> Line | None:
         """The newest training of a case, with these times and up to this target or beyond it."""

@@ -6,7 +6,7 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,7 +70,7 @@ def train(
 
     Returns:
         curve: (step, samples, loss, accuracy) of every evaluation; plan: the policy's decisions
-        that changed something, with their facts; diverged.
+        that changed the batch; diverged.
     """
     began = time.process_time()
     loaded = from_mapping(tree | {"data": {"prefetch": 0} | tree["data"]})
@@ -108,13 +108,30 @@ def one_rank(
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """The curve and the plan of a run folder."""
+    """The curve of a run folder, and the decisions that changed the batch, without their numbers.
+
+    Both are what a log keeps of hundreds of trainings, so losses have six digits.
+    """
     lines = [line for line in read(folder / "metrics.jsonl") if line["kind"] == "eval"]
     curve = [[x["step"], x["samples"], x["loss"], x["accuracy"]] for x in lines]
     plan_path = folder / "batch_plan.jsonl"
-    plan = list(read(plan_path)) if plan_path.exists() else []
     return {
         "samples_per_epoch": round(lines[-1]["samples"] / lines[-1]["epoch"]),
-        "curve": [point for point in curve if point[2] is not None],
-        "plan": plan,
+        "curve": [rounded(point) for point in curve if point[2] is not None],
+        "plan": changes(read(plan_path)) if plan_path.exists() else [],
     }
+
+
+def rounded(point: Sequence[float]) -> list[float]:
+    """(step, samples, loss, accuracy)."""
+    step, samples, loss, accuracy = point
+    return [step, samples, float(f"{loss:.6g}"), float(f"{accuracy:.4g}")]
+
+
+def changes(plan: Iterable[Tree]) -> list[Tree]:
+    """Where the batch is another one than before."""
+    found: list[Tree] = []
+    for decision in plan:
+        if not found or found[-1]["batch_global"] != decision["batch_global"]:
+            found.append({name: decision[name] for name in ("step", "samples", "batch_global")})
+    return found
